@@ -626,7 +626,7 @@ def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 def load_student(name: str, quantize: bool = True, adapter: str | Path | None = None):
     """Return (model, tokenizer) of a student on the resolved device.
@@ -655,8 +655,7 @@ def load_student(name: str, quantize: bool = True, adapter: str | Path | None = 
 def encode(tokenizer, prompt: str, target: str | None = None, direct: bool = False):
     """Token ids of a prompt, or (ids, mask) of prompt + target + end of sequence.
 
-    `mask` is 1 where the loss sees the token (completion only) and 0 on the prompt. With `direct`
-    the prompt is put into the student's chat template first.
+    `mask` is 1 where the loss sees the token (completion). `direct` applies the chat template.
     """
     if direct:
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}],
@@ -670,9 +669,8 @@ def encode(tokenizer, prompt: str, target: str | None = None, direct: bool = Fal
 def collate(rows: list[dict], pad_id: int) -> dict:
     """Right-pad rows of `input_ids` and `mask`; ask for completion logits only.
 
-    Returns (batch, length) tensors. `logits_to_keep` is the boolean mask of positions whose next
-    token is in the completion, and `shift_labels` (positions,) those tokens: the model's own
-    forward then computes logits and loss there and nowhere else.
+    Returns (batch, length) tensors. `logits_to_keep` masks the positions whose next token is in the
+    completion, `shift_labels` (positions,) are those tokens: the model's own loss, there only.
     """
     import torch
     from torch.nn.utils.rnn import pad_sequence
@@ -721,12 +719,19 @@ def _prepare(model, longest: int) -> None:
 def training_order(lengths: list[int], batch_size: int, epochs: int, seed: int) -> list[int]:
     """Row indices of all epochs, batches of like length together, fixed by the seed.
 
-    Laid out beforehand, so that a resumed run sees the very batches it would have seen.
+    Batches are shuffled: sorted ones end every stretch on the shortest rows, and the student leans
+    to their labels. Laid out beforehand, so that a resumed run sees the batches it would have seen.
     """
     import torch
-    from transformers.trainer_pt_utils import LengthGroupedSampler
-    return [i for epoch in range(epochs) for i in LengthGroupedSampler(
-        batch_size, lengths=lengths, generator=torch.Generator().manual_seed(seed * 1000 + epoch))]
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+    order: list[int] = []
+    for epoch in range(epochs):
+        rows = get_length_grouped_indices(  # sorted within every eight batches
+            lengths, batch_size, 8, torch.Generator().manual_seed(seed * 1000 + epoch))
+        batches = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
+        random.Random(f"{seed}:{epoch}:batches").shuffle(batches)
+        order += sum(sorted(batches, key=len, reverse=True), [])  # a short batch goes last
+    return order
 
 def _arguments(run_dir, steps: int, evaluate: bool, **options):
     """Trainer arguments: AdamW, cosine, checkpoints that a killed run resumes from."""
