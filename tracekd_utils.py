@@ -1,10 +1,7 @@
 """Thin helper of the tracekd notebooks: what two or more of them share, nothing else.
 
-Examples and traces, the one place that writes the training text and the one that reads it, scores,
-statistics, the student and the launcher. Notebooks exchange files only; every join is by id.
-Heavy libraries are imported inside functions, so that a wrong parameter fails within a second.
-
-Paper: Bhambri, Biswas and Kambhampati, arXiv 2505.13792.
+Notebooks exchange files only, every join is by id. Heavy libraries are imported inside functions,
+so that a wrong parameter fails at once. Paper: Bhambri et al., arXiv 2505.13792.
 """
 from __future__ import annotations
 
@@ -19,6 +16,7 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -48,8 +46,8 @@ LABELS = {
 SPLITS = ("train", "validation", "test")
 # what a study takes where a notebook's parameter is 0: rows per split, and epochs
 SIZES = {"microworld": {"train": 400, "validation": 48, "test": 400, "epochs": 2},
-         "babi": {"train": 1200, "validation": 48, "test": 600, "epochs": 1},
-         "babi20": {"train": 1200, "validation": 48, "test": 600, "epochs": 1}}
+         **dict.fromkeys(("babi", "babi20"),
+                         {"train": 1200, "validation": 48, "test": 600, "epochs": 1})}
 # conditions, with the place of their trace; 02 holds the registry that builds the traces
 LAYOUTS = {"direct": "before", "vanilla": "none", "correct": "before", "incorrect": "before"}
 # words of the microworld: 01 writes its stories with them, `tiny` learns its tokens there
@@ -61,11 +59,7 @@ NUMBERS = ("none", "one", "two", "three")
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One question with its context and gold annotation.
-
-    `facts`, `gold_facts` and `answers` are tuples of strings, compared as sets; gold facts are
-    copied letter for letter from `facts`; `label` is in `LABELS[dataset]`.
-    """
+    """One question with its context and gold; tuples are compared as sets, gold facts are in facts."""
     id: str
     dataset: str
     split: str
@@ -122,8 +116,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
     """Read JSON lines; an error names the file, the line and what was found there."""
     path, rows = Path(path), []
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: run the notebook that writes it (the table in "
-                                "README.md says which)")
+        raise FileNotFoundError(f"{path} is missing: run the notebook that writes it (README.md)")
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if line.strip():
             try:
@@ -135,6 +128,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
                                  f"{line[:60]!r} ({error}); write the file again") from None
     return rows
 
+_TUPLES = ("facts", "gold_facts", "answers")
 def check_example(e: Example, where: str) -> Example:
     """Raise `ValueError` naming `where` and the id if an example breaks its contract."""
     labels, odd = LABELS.get(e.dataset, ()), sorted(set(e.gold_facts) - set(e.facts))
@@ -156,6 +150,10 @@ def read_examples(path: str | Path) -> list[Example]:
         if missing := [n for n in names if n not in row]:
             raise ValueError(f"{where}: fields missing: {', '.join(missing)}")
         values = {n: tuple(row[n]) if isinstance(row[n], list) else row[n] for n in names}
+        if odd := [n for n, v in values.items() if not all(isinstance(x, str) for x in (
+                v if type(v) is tuple else [v])) or (type(v) is tuple) != (n in _TUPLES)]:
+            raise ValueError(f"{where}: fields of a wrong type: {', '.join(odd)}; texts are strings, "
+                             f"{', '.join(_TUPLES)} lists of strings")
         examples.append(check_example(Example(**values), where))
         if examples[-1].id in seen:
             raise ValueError(f"{where}: id {examples[-1].id!r} stands twice")
@@ -171,17 +169,13 @@ def _escape(text: str) -> str:  # what the grammar uses becomes \\uXXXX, reversi
 def _unescape(text: str) -> str:
     return re.sub(r"\\u([0-9a-f]{4})", lambda m: chr(int(m[1], 16)), text)
 
-def _only_controlled(protocol: str) -> None:
-    if protocol != "controlled":
-        _refuse("protocol", protocol, ("controlled",))
-
 def render_prompt(example: Example, protocol: str = "controlled", direct: bool = False) -> str:
     """Text that the student reads: the facts, one a line, and the question.
 
     With `direct` the untuned student is also told the format and the label set; put that text into
     its chat template.
     """
-    _only_controlled(protocol)
+    _check_value("protocol", protocol, *_PROTOCOL)
     text = "Context:\n{}\nQuestion: {}\n".format(
         "\n".join(map(_escape, example.facts)), _escape(example.question))
     if not direct:
@@ -199,7 +193,7 @@ def render_target(example: Example, trace: Trace | None, protocol: str = "contro
 
     Several answers are joined by `; `. `layout` puts the trace `before` or `after` the answer.
     """
-    _only_controlled(protocol)
+    _check_value("protocol", protocol, *_PROTOCOL)
     answer = f"<answer>{'; '.join(map(_escape, example.answers))}</answer>"
     if trace is None:
         return answer
@@ -209,6 +203,7 @@ def render_target(example: Example, trace: Trace | None, protocol: str = "contro
     return "\n".join(reversed(parts) if layout == "after" else parts)
 
 # --------------------------------------------------------------------------- the parser
+_LONGEST = 20_000  # characters read leniently: normalisation takes quadratic time on hostile text
 _ANSWER, _THINK = r"<answer>(?P<answer>[^<]*)</answer>", r"<think>(?P<trace>[^<]*)</think>"
 _STRICT = {"before": re.compile(f"{_THINK}\n{_ANSWER}"), "none": re.compile(_ANSWER),
            "after": re.compile(f"{_ANSWER}\n{_THINK}")}
@@ -219,12 +214,13 @@ _ANSWER_CUE = re.compile(r"\banswers?\W{0,9}?(?:is|are)?\W{0,3}:", re.I)
 _LABEL_CUE = re.compile(r"\b(?:type|category|relation|label)\b[^:\n]{0,99}:(.*)", re.I)
 _FACTS_CUE = re.compile(r"\b(?:facts?|text|sentences?|evidence)\b[^:\n]{0,99}:", re.I)
 _BULLET = re.compile(r"\s*(?:[-*+•–—·▪◦]|\(?\d{1,3}[.)])\s*(.*)")
-_QUOTED = re.compile(r"'((?:[^'\\\n]|\\.)*)'(?=\s*[,\]])|\"((?:[^\"\\\n]|\\.)*)\"")
+_QUOTED = re.compile(
+    r"(?<!\\)'((?:[^'\\\n]|\\.)*)'(?=\s*[,\]])|(?<!\\)\"((?:[^\"\\\n]|\\.)*)\"")
 
 @functools.lru_cache(maxsize=100_000)
 def normalise(text: str) -> str:
     """Words of a text in lower case, joined by one space (Unicode NFKC, no marks)."""
-    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text[:_LONGEST]).casefold()))
 
 @functools.lru_cache(maxsize=10_000)
 def _label_key(text: str) -> str:
@@ -285,7 +281,7 @@ def _span(text: str, tags, answer: bool, problems: list[str]) -> tuple[str | Non
 
 def _lenient(text: str, example: Example) -> Parsed:
     """Read an output that breaks the grammar, and say how it does."""
-    text = unicodedata.normalize("NFKC", text).translate(
+    text = unicodedata.normalize("NFKC", text[:_LONGEST]).translate(
         {0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"'})
     tags = [(m.start(), m.end(), m[1] == "/", m[2].lower().startswith(("answer", "final")))
             for m in _TAG.finditer(text)]
@@ -320,15 +316,15 @@ def _lenient(text: str, example: Example) -> Parsed:
 def parse_output(text: str, example: Example, protocol: str = "controlled") -> Parsed:
     """Read what a student wrote; never raises, whatever the text.
 
-    Text that follows the grammar of `render_target` to the letter gives back the very trace and
-    answers. Anything else is read leniently, and each departure is listed. The example's gold is
-    never looked at: only its dataset, for the label set.
+    Text in the grammar of `render_target` gives back the very trace and answers; anything else is
+    read leniently, each departure listed. Of the example only its dataset is used, never its gold.
     """
-    _only_controlled(protocol)
+    _check_value("protocol", protocol, *_PROTOCOL)
     for layout, pattern in _STRICT.items():
         if not (match := pattern.fullmatch(text)):
             continue
-        answers = tuple(map(_unescape, match["answer"].split("; "))) if match["answer"] else None
+        answers = tuple(map(_unescape, match["answer"].split("; ")))
+        answers = answers if match["answer"].strip("; ") else None
         problems, reading, trace = () if answers else ("no answer",), None, None
         if layout != "none" and (content := _CONTENT.fullmatch(match["trace"])):
             trace = Trace(label=_unescape(content[1]),
@@ -346,8 +342,8 @@ def parse_output(text: str, example: Example, protocol: str = "controlled") -> P
 def _match_fact(text: str, facts: set[str]) -> str:
     """Normal form of the context fact that a cited fact stands for, else its own.
 
-    A cited fact that lacks one word of exactly one fact of the story is taken for it, unless the
-    word is a negation. A changed word is another fact.
+    One that lacks a word of exactly one fact of the story is taken for it, unless the word is a
+    negation; a changed word is another fact.
     """
     key = normalise(text)
     if key in facts:
@@ -375,16 +371,16 @@ def _score_answers(answers, example: Example) -> tuple[bool, bool, float]:
         f1 = max(token_f1("; ".join(answers), a) for a in example.answers)
         exact = normalise("; ".join(answers)) in map(normalise, example.answers)
         return f1 >= 0.5, exact, f1
-    right = set(map(normalise, answers)) == set(map(normalise, example.answers))
+    gold, again = set(map(normalise, example.answers)), _read_answers("; ".join(answers), example)
+    right = any(set(map(normalise, found or ())) == gold for found in (answers, again))
     return right, right, 1.0 if right else token_f1(" ".join(answers), " ".join(example.answers))
 
 def score(parsed: Parsed, example: Example, layout: str | None = None) -> dict:
     """Score trace and answer of one output separately, each against the item's own gold.
 
-    The unmarked fields come from the lenient reading, those ending in `_strict` from the strict
-    one. `layout` is where the student's condition puts the trace; with `none` label, facts and
-    trace are None, with `before` or `after` a missing trace is wrong. None (the default) takes the
-    output's own layout. Facts are compared as sets (paper, evaluation section).
+    Fields ending in `_strict` come from the strict reading, the others from the lenient one.
+    `layout` is where the condition puts the trace: with `none` label, facts and trace are None,
+    with `before` or `after` a missing trace is wrong; None takes the output's own layout.
     """
     layout = layout or parsed.layout
     right, exact, f1 = _score_answers(parsed.answers, example)
@@ -398,12 +394,12 @@ def score(parsed: Parsed, example: Example, layout: str | None = None) -> dict:
     trace = parsed.reading or parsed.trace or Trace()
     story, gold = ({normalise(f) for f in fs} for fs in (example.facts, example.gold_facts))
     cited = {_match_fact(f, story) for f in trace.facts}
-    hits = len(cited & gold)
+    hits, facts_ok = len(cited & gold), parsed.trace is not None and cited == gold
     label_ok = bool(trace.label) and _label_key(trace.label) == _label_key(example.label)
     free = parsed.trace.text if parsed.trace else None
     words = normalise(" ".join((trace.label, *trace.facts)) if free is None else free)
     row.update(
-        label_ok=label_ok, facts_ok=cited == gold, trace_ok=label_ok and cited == gold,
+        label_ok=label_ok, facts_ok=facts_ok, trace_ok=label_ok and facts_ok,
         facts_precision=hits / len(cited) if cited else 0.0,
         facts_recall=hits / len(gold) if gold else None, trace_words=len(words.split()),
         trace_ok_strict=ok and trace.label == example.label
@@ -416,8 +412,7 @@ def score(parsed: Parsed, example: Example, layout: str | None = None) -> dict:
 def quadrants(frame) -> dict | None:
     """Counts of the four cells: first letter T = trace right, second P = answer right.
 
-    FP is a right answer behind a wrong trace, FN the reverse (paper, quadrant figure). `frame` has
-    boolean columns `trace_ok` and `answer_ok`; None where the student writes no trace.
+    `frame` has boolean columns `trace_ok` and `answer_ok`; None where there is no trace (paper).
     """
     if len(frame) == 0 or frame["trace_ok"].isna().any():
         return None
@@ -487,9 +482,8 @@ def disconnect_statistics(frame) -> dict:
     Shares carry 95 % Wilson intervals, the difference of the conditional rates a Newcombe
     interval, phi a percentile bootstrap over items (multinomial resampling of the four cells), the
     odds ratio a log-normal interval; chi-square without Yates' correction, Fisher's exact test
-    below an expected count of 5. Where a margin is empty the value is None and `reason` says so.
-    Association only: items are not manipulated here. Agresti, Categorical Data Analysis (2013),
-    chapters 2, 3 and 6.
+    below an expected count of 5. An empty margin gives None and a `reason`. Association only:
+    nothing is manipulated here. Agresti, Categorical Data Analysis (2013), chapters 2, 3 and 6.
     """
     from statsmodels.stats.proportion import confint_proportions_2indep
     if (cells := quadrants(frame)) is None:
@@ -632,9 +626,8 @@ def load_student(name: str, quantize: bool = True, adapter: str | Path | None = 
     """Return (model, tokenizer) of a student on the resolved device.
 
     `quantize` stores the linear layers in NF4 with double quantisation (QLoRA, Dettmers 2023).
-    With `adapter` the base is dequantised again and the adapter merged into it (merging into 4
-    bits would round a second time), which is what generation needs. Weights are read from
-    safetensors only, and no remote code is run.
+    With `adapter` the base is dequantised and the adapter merged into it, for generation (merging
+    into 4 bits would round a second time). Safetensors only, no remote code.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     where, choice = student_folder(name), resolve_device()
@@ -748,6 +741,15 @@ def _arguments(run_dir, steps: int, evaluate: bool, **options):
         save_total_limit=2, prediction_loss_only=True, remove_unused_columns=False,
         report_to="none", disable_tqdm=True, dataloader_pin_memory=False, **options)
 
+def _last_checkpoint(folder: Path, report) -> str | None:
+    """Newest whole checkpoint; one that was cut short (its state is written last) is removed."""
+    from transformers.trainer_utils import get_last_checkpoint
+    for part in folder.glob("checkpoint-*"):
+        if not (part / "trainer_state.json").exists():
+            report(f"{part.name} is incomplete: going back to the one before")
+            shutil.rmtree(part)
+    return get_last_checkpoint(folder) if folder.is_dir() else None
+
 def finetune(model, tokenizer, rows, run_dir, *, validation=(), seed=0, epochs=2,
              learning_rate=5e-4, batch_size=8, lora_rank=16, lora_alpha=32, lora_dropout=0.0,
              checkpoint_steps=20, report=lambda line: None) -> tuple[list[dict], dict]:
@@ -761,7 +763,6 @@ def finetune(model, tokenizer, rows, run_dir, *, validation=(), seed=0, epochs=2
     from peft import LoraConfig, get_peft_model
     from peft.helpers import disable_input_dtype_casting
     from transformers import Trainer, set_seed
-    from transformers.trainer_utils import get_last_checkpoint
     train, held_out = ([dict(zip(("input_ids", "mask"), encode(
         tokenizer, r["prompt"], r["target"]))) for r in part] for part in (rows, validation))
     lengths = [len(r["mask"]) for r in train]
@@ -780,9 +781,9 @@ def finetune(model, tokenizer, rows, run_dir, *, validation=(), seed=0, epochs=2
         train_dataset=Dataset.from_list(train).select(order),
         eval_dataset=Dataset.from_list(held_out) if held_out else None,
         data_collator=functools.partial(collate, pad_id=tokenizer.pad_token_id))
-    last = Path(arguments.output_dir).is_dir() and get_last_checkpoint(arguments.output_dir)
+    last = _last_checkpoint(Path(arguments.output_dir), report)
     with disable_input_dtype_casting(model):
-        trainer.train(resume_from_checkpoint=last or None)
+        trainer.train(resume_from_checkpoint=last)
     model.save_pretrained(Path(run_dir) / "adapter")
     seconds = max(r["seconds"] for r in trainer.state.log_history)
     return trainer.state.log_history, {
@@ -792,8 +793,7 @@ def generate(model, tokenizer, prompts: list[list[int]], *, max_new_tokens=128, 
              on_batch=None) -> list[list[int]]:
     """Greedy completions of tokenised prompts, ids without end or padding tokens.
 
-    Prompts are sorted by length, left-padded and run in batches; `on_batch(indices, completions)`
-    is called after each, so that a caller can save as it goes.
+    Prompts are batched by length; `on_batch(indices, completions)` is called after each batch.
     """
     import torch
     stops = model.generation_config.eos_token_id
@@ -861,8 +861,7 @@ PARAMETERS = {
     "04_analyse_disconnect": {"study": _STUDY},
     "05_reaudit_published": {"dataset": (str, ("cotempqa", "babi")), "published_dir": _TEXT,
                              "gold_dir": _TEXT, "results_path": _TEXT}}
-# where results go and how often a run is saved do not change what it computes
-_NO_IDENTITY = ("study", "checkpoint_steps")
+_NO_IDENTITY = ("study", "checkpoint_steps")  # these do not change what a run computes
 
 def _check_value(name: str, value, kind: type, allowed):
     """Return the value in its type, or raise `ValueError` naming the parameter."""
@@ -896,8 +895,8 @@ def _given(values: dict) -> set[str]:
 def check_parameters(notebook: str, values: dict) -> dict:
     """Check a notebook's parameters in `values` (its `globals()`), all of them.
 
-    Returns them resolved, and writes coerced values back into `values`. An unknown name, a wrong
-    type or a value out of range raises `ValueError` that names the parameter.
+    Returns them resolved and writes coerced values back. An unknown name, a wrong type or a value
+    out of range raises `ValueError` that names the parameter.
     """
     if notebook not in PARAMETERS:
         _refuse("notebook", notebook, PARAMETERS)
@@ -951,8 +950,8 @@ def notebook_defaults(name: str) -> dict:
 def run_notebook(name: str, /, *, on_line=None, **parameters) -> Path:
     """Execute a notebook in a process of its own; return the executed notebook's path.
 
-    Parameters are checked before anything starts. `on_line` gets each line of output as it comes.
-    A failing notebook raises `RuntimeError` with its last error.
+    Parameters are checked first. `on_line` gets each line of output as it comes. A failing notebook
+    raises `RuntimeError` with its last error.
     """
     if name not in PARAMETERS:
         _refuse("notebook", name, PARAMETERS)
@@ -988,8 +987,7 @@ def use_style() -> None:
 def save_figure(fig, name: str, data) -> list[Path]:
     """Write `figures/<name>.svg`, `.png` and the plotted data as `.csv`; return the paths.
 
-    `name` is `<study>/<NN>_<name>`. The files hold no date and no random ids, so the same data
-    give the same bytes.
+    `name` is `<study>/<NN>_<name>`. No dates, no random ids: the same data give the same bytes.
     """
     paths = []
     for kind, dated in (("svg", "Date"), ("png", "Software")):
