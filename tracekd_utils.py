@@ -150,7 +150,7 @@ def read_examples(path: str | Path) -> list[Example]:
         if missing := [n for n in names if n not in row]:
             raise ValueError(f"{where}: fields missing: {', '.join(missing)}")
         values = {n: tuple(row[n]) if isinstance(row[n], list) else row[n] for n in names}
-        if odd := [n for n, v in values.items() if not all(isinstance(x, str) for x in (
+        if odd := [f"{n} = {v!r}" for n, v in values.items() if not all(isinstance(x, str) for x in (
                 v if type(v) is tuple else [v])) or (type(v) is tuple) != (n in _TUPLES)]:
             raise ValueError(f"{where}: fields of a wrong type: {', '.join(odd)}; texts are strings, "
                              f"{', '.join(_TUPLES)} lists of strings")
