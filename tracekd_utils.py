@@ -616,6 +616,7 @@ def quiet() -> None:
     """Keep the libraries' progress bars and notices out of a notebook's output."""
     import logging
     import warnings
+    warnings.filterwarnings("ignore", message="IProgress not found")  # raised by the next line
     import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
