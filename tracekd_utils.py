@@ -536,9 +536,9 @@ def resolve_device() -> dict:
     import torch
     if torch.cuda.is_available():
         fast, slow, where = torch.cuda.is_bf16_supported(), torch.float16, "a GPU was found, it"
-    else:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        slow, where = torch.float32, "no GPU found; this CPU"
+    else:  # without tile units (AMX) bf16 products take longer than fp32 ones
+        fast, slow, where = (torch.cpu._is_amx_tile_supported(), torch.float32,
+                             "no GPU found; this CPU")
     return {"device": "cuda" if torch.cuda.is_available() else "cpu",
             "dtype": torch.bfloat16 if fast else slow,
             "reason": f"{where} has {'' if fast else 'no '}fast bf16"}
@@ -699,16 +699,14 @@ def _progress(total_tokens: int, report):
                        f"  {rate:.0f} tokens/s  ETA {left:.0f} s")
     return Progress()
 
-def _prepare(model, longest: int) -> None:
-    """Make a student trainable on the CPU: exact gradients, the attention that suits the rows."""
+def _prepare(model) -> None:
+    """Keep bitsandbytes' inference path away from a student that is trained on the CPU."""
     for module in model.modules():
         # bitsandbytes repacks CPU weights for inference at the first evaluation, and the
         # repacked product has no gradient: training after it would stop learning
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
-    if model.device.type == "cpu" and longest <= 256:
-        model.set_attn_implementation("eager")  # faster on short rows, memory grows with length²
 
 def training_order(lengths: list[int], batch_size: int, epochs: int, seed: int) -> list[int]:
     """Row indices of all epochs, batches of like length together, fixed by the seed.
@@ -768,7 +766,7 @@ def finetune(model, tokenizer, rows, run_dir, *, validation=(), seed=0, epochs=2
         tokenizer, r["prompt"], r["target"]))) for r in part] for part in (rows, validation))
     lengths = [len(r["mask"]) for r in train]
     set_seed(seed)
-    _prepare(model, max(lengths))
+    _prepare(model)
     model = get_peft_model(model, LoraConfig(
         r=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
         target_modules=PROJECTIONS, task_type="CAUSAL_LM"))

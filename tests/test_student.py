@@ -37,7 +37,6 @@ def test_resolve_device_gives_its_reason(monkeypatch, gpu, fast, device, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "T4")
     for place, probe in ((torch.cuda, "is_bf16_supported"),
-                         (torch.cpu, "_is_avx512_bf16_supported"),
                          (torch.cpu, "_is_amx_tile_supported")):
         monkeypatch.setattr(place, probe, lambda *_: fast)
     choice = tk.resolve_device()
