@@ -55,3 +55,21 @@ def test_the_reaudit_table_is_the_committed_reaudit(dataset):
                             f"{100 * own['high']:.1f})")
         assert cells[3] == ("–" if r["trace_ok"] is None else f"{100 * r['trace_ok']:.1f}")
         assert cells[-1] == phi
+
+
+def test_the_intervention_table_is_the_committed_one():
+    found = {}
+    for path in sorted((ROOT / "data/results").glob("*/*/interventions.json")):
+        p = json.loads((path.parent / "metrics.json").read_text())["parameters"]
+        found[p["dataset"], f"`{p['condition']}`"] = json.loads(path.read_text())
+    rows = table("interventions")
+    assert {tuple(r[:2]) for r in rows} == set(found)
+    for dataset, condition, n, own, flip, follow, n_planted, effect in rows:
+        r = found[dataset, condition]
+        planted, (low, high) = r["arms"]["planted"], r["ate_interval"]
+        assert (n, n_planted) == (str(r["n"]), str(planted["n"]))
+        assert own == percent(r["own_identical"])
+        assert flip == percent(r["arms"]["wrong_facts"]["flip_rate"])
+        assert follow == percent(planted["follow_rate"])
+        assert effect == (f"{100 * r['ate_answer_ok']:+.1f} ({100 * low:+.1f} to "
+                          f"{100 * high:+.1f})")

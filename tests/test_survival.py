@@ -184,7 +184,14 @@ def scoring(unkilled, folder, corrupter):
     curve.write_bytes(content)
     log = run_whole(folder, "03_finetune_student", RUN)
     assert "step " not in log and "generated " not in log
-    return "unwritable, between predictions and metrics", *same_ends(folder, unkilled)
+    same_ends(folder, unkilled)
+    predictions, = folder.glob("data/results/*/*/predictions.jsonl")
+    for path in (predictions, run_dir / "outputs.jsonl"):  # a finished run, cut afterwards
+        path.write_bytes(path.read_bytes()[:-20])
+    log = run_whole(folder, "03_finetune_student", RUN)
+    assert "line 96" in log and "made again" in log and "generated 96/96" in log
+    return ("unwritable, between predictions and metrics, predictions cut in mid-line",
+            *same_ends(folder, unkilled))
 
 
 def results_of(folder):
