@@ -152,7 +152,7 @@ def read_examples(path: str | Path) -> list[Example]:
         try:
             example = check_example(schema.validate_python(row), where)
         except ValidationError as error:
-            odd = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            odd = (f"{e['loc']} = {e['input']!r}: {e['msg']}" for e in error.errors())
             raise ValueError(f"{where}: {'; '.join(odd)}; run 01 again") from None
         if examples.setdefault(example.id, example) is not example:
             raise ValueError(f"{where}: id {example.id!r} stands twice")
@@ -682,8 +682,8 @@ def collate(rows: list[dict], pad_id: int) -> dict:
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    def _pad(columns, value):
-        return pad_sequence([torch.tensor(c) for c in columns], True, value)
+    def _pad(rows, value):
+        return pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value)
     ids, seen = _pad([r["input_ids"] for r in rows], pad_id), _pad([r["mask"] for r in rows], 0) > 0
     return {"input_ids": ids, "labels": ids.masked_fill(~seen, -100),
             "attention_mask": _pad([[1] * len(r["mask"]) for r in rows], 0),
