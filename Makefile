@@ -34,13 +34,16 @@ figures: venv
 	  [ ! -f data/results/reaudit/$$dataset.json ] || TRACEKD_DATA_DIR= \
 	  $(RUN) notebooks/05_reaudit_published.ipynb data/runs/05-$$dataset.ipynb \
 	    -p dataset $$dataset || exit 1; done
+	@for file in data/results/*/*/interventions.json; do run=$$(dirname $$file); \
+	  $(RUN) notebooks/06_intervene_on_traces.ipynb data/runs/06-$$(basename $$run).ipynb \
+	    -p run_id $$(basename $$run) -p study $$(basename $$(dirname $$run)) || exit 1; done
 	@for file in data/results/stress/*.json; do source=$$(basename $$file .json); \
 	  TRACEKD_DATA_DIR= $(RUN) notebooks/08_stress_the_parser.ipynb data/runs/08-$$source.ipynb \
 	    -p source $$(echo $$source | sed s,published-,published/,) || exit 1; done
 
 # every notebook again from its own defaults, in reading order, in place
 notebooks: venv
-	@for n in 01 02 03 04 00 05 06 07 08 90; do f=$$(ls notebooks/$${n}_*.ipynb 2>/dev/null) || continue; \
+	@for n in 01 02 03 04 00 05 06 07 08; do f=$$(ls notebooks/$${n}_*.ipynb 2>/dev/null) || continue; \
 	  echo $$f; $(RUN) $$f $$f || exit 1; done
 
 lab: venv
