@@ -1,16 +1,14 @@
-"""House rules of the notebooks, the smoke study from end to end, and killed runs."""
+"""House rules of the notebooks and the smoke study from end to end."""
 import ast
 import json
 import re
 import time
-from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import psutil
 import pytest
 import tracekd_utils as tk
-from conftest import NOTEBOOKS, ROOT, make_workspace, notebook_functions, papermill
+from conftest import NOTEBOOKS, ROOT, papermill
 
 CONDITIONS = ("direct", "vanilla", "correct", "incorrect")  # the default grid
 TIMES = ("seconds", "train_tokens_per_s", "peak_memory_gib")
@@ -184,76 +182,6 @@ def test_a_failed_run_stops_no_other_and_is_listed(smoke, monkeypatch, tmp_path)
         assert step in last
     assert not list(smoke.workspace.glob("data/interim/babi/*"))
     assert not list(smoke.workspace.glob("data/results/babi/*"))
-
-
-KILL = {"student": "tiny", "study": "killed", "epochs": 40, "max_new_tokens": 48,
-        "checkpoint_steps": 5}
-OPTIONS = [x for k, v in KILL.items() for x in ("-p", k, str(v))]
-
-
-def prepare(folder, corrupter):
-    """Workspace with the training rows of `correct`: 24 train, 12 validation, 96 test."""
-    make_workspace(folder)
-    examples = notebook_functions("01_decompose_problems").make_microworld(24, 12, 96)
-    interim, pool = folder / "data/interim/microworld", corrupter.Pool(examples)
-    tk.write_jsonl(interim / "examples.jsonl", examples)
-    tk.write_jsonl(interim / "sft/controlled/correct-dose1-seed0.jsonl", [
-        {"id": e.id, "split": e.split, "condition": "correct", "prompt": tk.render_prompt(e),
-         "target": tk.render_target(e, corrupter.make_trace(e, "correct", pool))}
-        for e in examples])
-    return folder
-
-
-def kill_when(folder, reached):
-    """Start 03 and kill it and its kernel the hard way as soon as `reached()`."""
-    process = papermill(folder, "03_finetune_student", *OPTIONS, start=True)
-    end = time.monotonic() + 180
-    while not reached():
-        assert process.poll() is None and time.monotonic() < end, (
-            "ended before its kill", (folder / "log.txt").read_text()[-3000:])
-        time.sleep(0.01)
-    for victim in [*psutil.Process(process.pid).children(recursive=True),
-                   psutil.Process(process.pid)]:
-        victim.kill()
-    process.wait()
-
-
-@pytest.fixture(scope="module")
-def unkilled(tmp_path_factory, corrupter):
-    folder = prepare(tmp_path_factory.mktemp("unkilled"), corrupter)
-    done = papermill(folder, "03_finetune_student", *OPTIONS)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return SimpleNamespace(folder=folder, results=runs(folder)["correct"])
-
-
-def test_a_run_killed_in_training_and_in_generation_ends_the_same(
-        unkilled, corrupter, tmp_path):
-    folder, run_id = prepare(tmp_path, corrupter), unkilled.results.name
-    run_dir = folder / "data/runs" / run_id
-    outputs, adapter = run_dir / "outputs.jsonl", run_dir / "adapter/adapter_model.safetensors"
-    # the folder appears before its files: the hardest moment
-    kill_when(folder, lambda: (run_dir / "checkpoints/checkpoint-10").exists())
-    assert not adapter.exists() and not runs(folder)
-    kill_when(folder, lambda: outputs.exists() and outputs.stat().st_size)
-    assert adapter.exists() and not runs(folder)
-    assert 0 < outputs.read_bytes().count(b"\n") < 96
-    with outputs.open("ab") as file:
-        file.write(b'{"id": "microworld/te')  # a line cut short by the kill
-    done = papermill(folder, "03_finetune_student", *OPTIONS)
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = runs(folder)["correct"]
-    assert results.name == run_id
-    for path in (adapter, results / "predictions.jsonl"):
-        reference = unkilled.folder / path.relative_to(folder)
-        assert path.read_bytes() == reference.read_bytes(), path.name
-    ours, theirs = metrics_of(results), metrics_of(unkilled.results)
-    assert {k: v for k, v in ours.items() if k not in TIMES} == {
-        k: v for k, v in theirs.items() if k not in TIMES}
-    columns = ["step", "loss", "eval_loss", "learning_rate"]
-    ours, theirs = (pd.read_csv(r / "training_curve.csv")[columns]
-                    for r in (results, unkilled.results))
-    # the logged loss is a mean since the last log: the window that the kill fell into is short
-    assert (ours.fillna(0) != theirs.fillna(0)).to_numpy().sum() <= 1
 
 
 def test_save_figure_gives_the_same_bytes_twice(outside_root):
