@@ -165,7 +165,8 @@ def _escape(text: str) -> str:  # what the grammar uses becomes \\uXXXX, reversi
     return re.sub(r"[\\;<\n\r]", lambda m: f"\\u{ord(m[0]):04x}", text)
 
 def _unescape(text: str) -> str:
-    return re.sub(r"\\u([0-9a-f]{4})", lambda m: chr(int(m[1], 16)), text)
+    return text if "\\" not in text else re.sub(
+        r"\\u([0-9a-f]{4})", lambda m: chr(int(m[1], 16)), text)
 
 def render_prompt(example: Example, protocol: str = "controlled", direct: bool = False) -> str:
     """Text that the student reads: the facts, one a line, and the question. With `direct` the
@@ -805,7 +806,7 @@ PARAMETERS = {
         "learning_rate": (float, [1e-8, 1.0]), "lora_dropout": (float, [0.0, 0.9]),
         **dict.fromkeys(("batch_size", "lora_rank", "lora_alpha", "max_new_tokens",
                          "checkpoint_steps"), _POSITIVE)},
-    "04_analyse_disconnect": {"study": _STUDY},
+    "04_analyse_disconnect": {"study": _STUDY, "margin": (float, [0.001, 0.5])},
     "05_reaudit_published": {"dataset": (str, ("cotempqa", "babi")), **dict.fromkeys(
         ("published_dir", "gold_dir", "results_path"), _TEXT)},
     "06_intervene_on_traces": {
