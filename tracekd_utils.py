@@ -183,10 +183,9 @@ def render_prompt(example: Example, protocol: str = "controlled", direct: bool =
     """
     _check_value("protocol", protocol, *_PROTOCOL)
     if protocol == "published":
-        facts, gap = "\n".join(example.facts), "\n" if example.dataset == "marco" else " "
-        facts = str([*example.facts]) if example.dataset == "cotempqa" else facts
-        return (f"Answer the question based on the context:\n{facts}\nQuestion: "
-                f"{example.question}{gap}Only return the answer.\n")
+        facts = str([*example.facts]) if example.dataset == "cotempqa" else "\n".join(example.facts)
+        return (f"Answer the question based on the context:\n{facts}\nQuestion: {example.question}"
+                + " \n"[example.dataset == "marco"] + "Only return the answer.\n")
     text = "Context:\n{}\nQuestion: {}\n".format(
         "\n".join(map(_escape, example.facts)), _escape(example.question))
     if not direct:
@@ -230,7 +229,7 @@ _ANSWER_CUE = re.compile(r"\banswers?\W{0,9}?(?:is|are)?\W{0,3}:", re.I)
 _LABEL_CUE = re.compile(r"\b(?:type|category|relation|label)\b[^:\n]{0,99}:(.*)", re.I)
 _FACTS_CUE = re.compile(r"\b(?:facts?|text|sentences?|evidence)\b[^:\n]{0,99}:", re.I)
 _BULLET = re.compile(r"\s*(?:[-*+•–—·▪◦]|\(?\d{1,3}[.)])\s*(.*)")
-_LIST = re.compile(r"\[(('([^'\\]|\\.)*'|\"([^\"\\]|\\.)*\")(, |(?=\]\Z)))+\]")
+_REPR = re.compile(r"\[(('([^'\\]|\\.)*'|\"([^\"\\]|\\.)*\")(, |(?=\]\Z)))+\]")
 _QUOTED = re.compile(
     r"(?<!\\)'((?:[^'\\]|\\.)*)'(?=\s*[,\]])|(?<!\\)\"((?:[^\"\\]|\\.)*)\"")
 
@@ -335,7 +334,7 @@ def _lenient(text: str, example: Example, bare: bool = False) -> Parsed:
 def _python_list(text: str) -> tuple[str, ...]:
     """Strings of a list exactly as Python writes it; () for anything else, which is not run."""
     try:
-        items = ast.literal_eval(text) if _LIST.fullmatch(text) else []
+        items = ast.literal_eval(text) if _REPR.fullmatch(text) else []
     except (ValueError, SyntaxError):  # an escape that does not exist
         return ()
     return tuple(items) if str(items) == text else ()
@@ -354,7 +353,7 @@ def _exactly_published(text: str, example: Example) -> Parsed | None:
         seen = Trace(label=label, facts=facts or (cited,))
     answers = {"cotempqa": _python_list(answer), "marco": (answer,)}.get(
         example.dataset, tuple(answer.split(",")))
-    if _TAG.search(answer) or not (answers and all(a.strip() for a in answers)):
+    if _TAG.search(answer) or "\n" in answer or not (answers and all(a.strip() for a in answers)):
         return None
     return Parsed(trace=trace, answers=answers, layout="before" if trace else "none", reading=seen)
 
@@ -365,9 +364,10 @@ def parse_output(text: str, example: Example, protocol: str = "controlled") -> P
     read leniently, each departure listed. Of the example only its dataset is used, never its gold.
     """
     _check_value("protocol", protocol, *_PROTOCOL)
-    if protocol == "published":  # the authors' outputs begin with the role of the chat template
-        return _exactly_published(text[:_LONGEST], example) or _lenient(
-            re.sub(r"\A\s{0,9}assistant\s{0,9}\n", "", text), example, bare=True)
+    if protocol == "published":  # the authors' outputs begin as the template does, and their lists
+        plain = re.sub(r"\A\s{0,9}assistant\s{0,9}\n(<think>\n\n(</think>\s\s)?)?", "", text)
+        return _exactly_published(text[:_LONGEST], example) or _lenient(  # hold bare apostrophes
+            re.sub(r"(?<=\w)'(?=\s?\w)", r"\\'", plain), example, bare=True)
     for layout, pattern in _STRICT.items():
         if not (match := pattern.fullmatch(text)):
             continue

@@ -127,12 +127,23 @@ def test_marco_has_the_form_of_the_description():
 # ---------------------------------------------------------------------------- corruptions
 
 def test_the_incorrect_trace_of_cotempqa_is_one_bare_fact(gold):
-    for e, _ in gold["cotempqa"]:
+    part = [e for e, _ in gold["cotempqa"] if set(nb.published_gold(e)) < set(e.facts)]
+    print(f"\n{950 - len(part)} of 950 CoTempQA rows have no wrong fact")
+    assert len(part) > 900
+    for e in part:
         right, (trace, target) = published(e)[0], published(e, "incorrect")
         assert right.label == e.label != trace.label and trace.label in tk.LABELS["cotempqa"]
         assert trace.facts == () and trace.text in e.facts
         assert not any(a in trace.text for a in e.answers)
         assert f"the question: {trace.text}</think> <answer>['" in target.replace('"', "'")
+
+
+def test_an_item_without_a_wrong_fact_is_refused_by_name(gold):
+    for dataset in ROWS:
+        e = gold[dataset][0][0]
+        e = replace(e, facts=(f"It is {e.answers[0]}.",), gold_facts=(f"It is {e.answers[0]}.",))
+        with pytest.raises(ValueError, match=f"{e.id}.*1 gold and only 0 other"):
+            published(e, "incorrect")
 
 
 def test_the_incorrect_trace_of_babi_is_lower_case_and_as_long(gold):
@@ -186,7 +197,9 @@ def test_round_trip_of_every_example(gold, microworld, babi, condition):
     done = Counter()
     for e in examples:
         e = replace(e, dataset={"babi20": "babi"}.get(e.dataset, e.dataset))
-        if condition == "incorrect" and len(nb.non_gold_facts(e)) < len(set(e.gold_facts)):
+        facts = set(nb.published_gold(e))
+        few = len(set(e.facts)) < 2 * len(facts) if e.dataset != "cotempqa" else facts == {*e.facts}
+        if condition == "incorrect" and few:
             continue
         trace, target = published(e, condition)
         parsed = tk.parse_output(target, e, "published")
@@ -194,7 +207,8 @@ def test_round_trip_of_every_example(gold, microworld, babi, condition):
         assert parsed.answers == (e.answers[:1] if e.dataset == "marco" else e.answers), e.id
         assert parsed.layout == ("before" if trace else "none"), e.id
         done[e.dataset] += 1
-    assert done["cotempqa"] == 950 and done["babi"] > 350 and done["microworld"] == 120
+    assert done["cotempqa"] > 900 and done["babi"] > 330 and done["microworld"] > 100
+    assert condition == "incorrect" or done["cotempqa"] == 950
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(
@@ -246,12 +260,16 @@ def test_the_authors_outputs_are_read_as_the_reaudit_reads_them(data_dir):
                     same[kind, "facts"] += scores["facts_ok"] == facts_ok
     shares = {key: count / n[key[0]] for key, count in same.items()}
     print("\n" + "\n".join(f"{key}: {share:.4f} of {n[key[0]]}" for key, share in shares.items()))
-    assert sum(n.values()) == 6 * sum(ROWS.values()) and min(shares.values()) > 0.97
+    assert sum(n.values()) == 6 * sum(ROWS.values()) and min(shares.values()) > 0.995
 
 
 @pytest.mark.parametrize("text, trace, answers", [
     ("assistant\n\ngreen", None, ("green",)),
-    ("assistant\n<think>\n\n</think>\n\napple,milk", tk.Trace(), ("apple", "milk")),
+    ("assistant\n<think>\n\n</think>\n\napple,milk", None, ("apple", "milk")),
+    ("assistant\n<think>\n\napple,milk", None, ("apple", "milk")),
+    ("Counting".join(tk._PAPER[0][:2]) + "['O'Neal's dogs' bed is b.', 'C d.']</think> "
+     "<answer>a</answer>", tk.Trace(
+         label="counting", facts=("O'Neal's dogs' bed is b.", "C d.")), ("a",)),
     ("assistant\n\n" + tk.render_target(
         replace(marco(), dataset="babi", answers=("a",)),
         tk.Trace(label="counting", facts=("A b.", "C d.")), "published"),
@@ -264,8 +282,9 @@ def test_forms_that_occur_are_read_and_reported(text, trace, answers):
 
 
 def test_mutilated_outputs_are_read_and_scored(gold):
-    rng, pieces = random.Random(0), ("'", '"', "[", "]", "\\", "</think>", " <answer>", "\n", "\x00",
-                                     *tk._PAPER[0], *tk._PAPER[1])
+    rng = random.Random(0)
+    pieces = ("'", '"', "[", "]", "\\", "</think>", " <answer>", "\n", "\x00",
+              *tk._PAPER[0], *tk._PAPER[1])
     for k in range(4000):
         e, _ = gold["cotempqa" if k % 2 else "babi"][k % 300]
         text = published(e, rng.choice(("vanilla", "correct")))[1]
@@ -277,8 +296,8 @@ def test_mutilated_outputs_are_read_and_scored(gold):
         assert parsed.answers is None or any(parsed.answers)
 
 
-@pytest.mark.parametrize("piece", ["'a', ", "['", "\\", "\\'", "</think> <answer>", "</answer>", ",",
-                                   "[", "-", "'", "I need to use the following facts", "\n"])
+@pytest.mark.parametrize("piece", ["'a', ", "['", "\\", "\\'", "</think> <answer>", "</answer>",
+                                   ",", "[", "-", "'", "I need to use the following facts", "\n"])
 @pytest.mark.parametrize("start", ["", "".join(tk._PAPER[1][:2]).replace(": .", ": mix.") + "["])
 def test_a_hundred_thousand_characters_take_under_a_second(start, piece):
     e, begun = replace(marco(), dataset="cotempqa", label="mix"), time.process_time()
