@@ -48,7 +48,9 @@ SIZES = {name: dict(zip((*SPLITS, "epochs"), row)) for name, row in (
 # conditions, with the place of their trace; 02 holds the registry that builds the traces
 LAYOUTS = {"direct": "before", "vanilla": "none", **dict.fromkeys((
     "correct incorrect wrong_label wrong_facts random_facts rule_wrong wrong_with_answer swapped "
-    "shuffled masked filler").split(), "before"), "after_answer": "after"}
+    "shuffled masked filler direct_few_shot").split(), "before"), "after_answer": "after"}
+UNTRAINED = ("direct", "direct_few_shot")
+PROTOCOLS = {"controlled": tuple(LAYOUTS), "published": tuple(LAYOUTS)[:4]}  # their conditions
 # words of the microworld: 01 writes its stories with them, `tiny` learns its tokens there
 PEOPLE = ("Mary", "John", "Sandra", "Daniel", "Emma", "Peter", "Lucy", "Oscar")
 PLACES = ("kitchen", "garden", "office", "hallway", "bedroom", "library", "cellar")
@@ -168,10 +170,21 @@ def _unescape(text: str) -> str:
     return text if "\\" not in text else re.sub(
         r"\\u([0-9a-f]{4})", lambda m: chr(int(m[1], 16)), text)
 
+# fixed parts of the paper's targets, around label, facts and answer; CoTempQA's come second
+_PAPER = [(f"<think>The {kind} is: ", f".\nI need to use the following {noun} to answer the "
+           "question: ", "</think> <answer>", "</answer>") for kind, noun in (
+    ("category of the question represents what is being asked in that question. The category of "
+     "the question asked", "text"),
+    ("temporal relation between the event in question and the event in context", "facts"))]
+
 def render_prompt(example: Example, protocol: str = "controlled", direct: bool = False) -> str:
     """Text that the student reads: the facts, one a line, and the question. With `direct` the
-    untuned student is also told format and labels (for its chat template)."""
+    untuned student of `controlled` is also told format and labels (for its chat template)."""
     _check_value("protocol", protocol, *_PROTOCOL)
+    if protocol == "published":
+        facts = str([*example.facts]) if example.dataset == "cotempqa" else "\n".join(example.facts)
+        return (f"Answer the question based on the context:\n{facts}\nQuestion: {example.question}"
+                + " \n"[example.dataset == "marco"] + "Only return the answer.\n")
     text = "Context:\n{}\nQuestion: {}\n".format(
         "\n".join(map(_escape, example.facts)), _escape(example.question))
     return text if not direct else (
@@ -186,6 +199,11 @@ def render_target(example: Example, trace: Trace | None, protocol: str = "contro
     """Text that the student is trained to write; `trace=None` leaves the answer alone. Several
     answers are joined by `; `. `layout` puts the trace `before` or `after` the answer."""
     _check_value("protocol", protocol, *_PROTOCOL)
+    if protocol == "published":  # no tags without a trace; `Trace.text` is a fact that is no list
+        answer = {"cotempqa": str([*example.answers]), "marco": example.answers[0]}.get(
+            example.dataset, ",".join(example.answers))
+        said = (trace.label, trace.text or str([*trace.facts]), answer, "") if trace else ()
+        return "".join(map("".join, zip(_PAPER[example.dataset == "cotempqa"], said))) or answer
     answer = f"<answer>{'; '.join(map(_escape, example.answers))}</answer>"
     if trace is None:
         return answer
@@ -268,8 +286,8 @@ def _span(text: str, tags, answer: bool, problems: list[str]) -> tuple[str | Non
     end = min((t[0] for t in (closed, other) if t), default=len(text))
     return _TAG.sub(" ", text[start:end]), start
 
-def _lenient(text: str, example: Example) -> Parsed:
-    """Read an output that breaks the grammar, and say how it does."""
+def _lenient(text: str, example: Example, bare: bool = False) -> Parsed:
+    """Read an output that breaks the grammar, and say how it does; `bare`: one fact, no list."""
     text = re.sub(r"<[/\w]{0,9}\Z", "", unicodedata.normalize("NFKC", text[:_LONGEST]).translate(
         {0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"'}))  # no tag that was cut short
     tags = [(m.start(), m.end(), m[1] == "/", m[2].lower().startswith(("answer", "final")))
@@ -294,18 +312,47 @@ def _lenient(text: str, example: Example) -> Parsed:
     if trace is None:
         return Parsed(trace=None, answers=answers, layout="none", problems=tuple(problems))
     cue = _FACTS_CUE.search(trace)
-    facts = _read_list(trace[cue.end():]) if cue else [
-        b[1] for b in map(_BULLET.match, trace.split("\n")) if b]
+    said, bullets = trace[cue.end():].strip() if cue else "", map(_BULLET.match, trace.split("\n"))
+    facts = ([b[1] for b in bullets if b] if not cue else said.split("\n")[:1]
+             if bare and said[:1] != "[" else _read_list(said))
     problems += [] if cue else ["no list of facts"]
     label = _read_label(trace[:cue.start()] if cue else trace, LABELS[example.dataset])
     return Parsed(trace=Trace(label=label, facts=tuple(map(_unescape, facts))), answers=answers,
                   layout=layout, problems=tuple(problems))
+
+def _python_list(text: str) -> tuple[str, ...]:
+    """Strings of a list exactly as Python writes it, () for anything else; nothing is evaluated."""
+    items = [re.sub(r"\\x([0-9a-f]{2})|\\u([0-9a-f]{4})", lambda m: chr(int(m[1] or m[2], 16)), t)
+             for t in (_read_list(text) if text[:1] == "[" else ())]
+    return tuple(items) if str(items) == text else ()
+
+def _exactly_published(text: str, example: Example) -> Parsed | None:
+    """What an output says that has the very form of the paper's targets, else None."""
+    start, middle, end, last = _PAPER[example.dataset == "cotempqa"]
+    answer, trace, seen = text, None, None
+    if text.startswith(start) and text.endswith(last):
+        label, _, rest = text[len(start):-len(last)].partition(middle)
+        cited, _, answer = rest.rpartition(end)
+        facts = _python_list(cited)
+        if label not in LABELS[example.dataset] or not facts and cited[:1] in ("", "["):
+            return None
+        trace = Trace(label=label, facts=facts, text=None if facts else cited)
+        seen = Trace(label=label, facts=facts or (cited,))
+    answers = {"cotempqa": _python_list(answer), "marco": (answer,)}.get(
+        example.dataset, tuple(answer.split(",")))
+    if _TAG.search(answer) or "\n" in answer or not (answers and all(a.strip() for a in answers)):
+        return None
+    return Parsed(trace=trace, answers=answers, layout="before" if trace else "none", reading=seen)
 
 def parse_output(text: str, example: Example, protocol: str = "controlled") -> Parsed:
     """Read what a student wrote; never raises, whatever the text. Text in the grammar of
     `render_target` gives back the very trace and answers; anything else is read leniently, each
     departure listed. Of the example only its dataset is used, never its gold."""
     _check_value("protocol", protocol, *_PROTOCOL)
+    if protocol == "published":  # the authors' outputs begin as the template does, and their lists
+        plain = re.sub(r"\A\s{0,9}assistant\s{0,9}\n(<think>\n\n(</think>\s\s)?)?", "", text)
+        return _exactly_published(text[:_LONGEST], example) or _lenient(  # hold bare apostrophes
+            re.sub(r"(?<=\w)'(?=\s?\w)", r"\\'", plain), example, bare=True)
     for layout, pattern in _STRICT.items():
         if match := pattern.fullmatch(text):
             break
@@ -621,11 +668,12 @@ def load_student(name: str, quantize: bool = True, adapter: str | Path | None = 
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return model.eval(), tokenizer
 
-def encode(tokenizer, prompt: str, target: str | None = None, direct: bool = False):
+def encode(tokenizer, prompt: str, target: str | None = None, direct=False, system: str = ""):
     """Token ids of a prompt, or (ids, mask) of prompt + target + end of sequence. `mask` is 1 where
-    the loss sees the token (completion). `direct` applies the chat template."""
-    if direct:
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}],
+    the loss sees the token (completion). `direct` applies the chat template, with `system`."""
+    if direct:  # Llama's would write today's date; Qwen3's puts <think></think> before a target
+        chat = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(chat[not system:], date_string="26 Jul 2024",
                                                tokenize=False, add_generation_prompt=True)
     ids = tokenizer(prompt, add_special_tokens=not direct).input_ids
     if target is None:
@@ -695,7 +743,7 @@ def _arguments(run_dir, steps: int, evaluate: bool, **options):
     from transformers import TrainingArguments
     choice = resolve_device()
     return TrainingArguments(
-        output_dir=str(Path(run_dir) / "checkpoints"), num_train_epochs=1, warmup_steps=0.1,
+        output_dir=str(Path(run_dir) / "checkpoints"), num_train_epochs=1,
         lr_scheduler_type="cosine", train_sampling_strategy="sequential",
         optim="paged_adamw_8bit" if choice["device"] == "cuda" else "adamw_torch",
         bf16=choice["dtype"] == torch.bfloat16, fp16=choice["dtype"] == torch.float16,
@@ -721,8 +769,8 @@ def _last_checkpoint(folder: Path, report) -> str | None:
 
 def finetune(model, tokenizer, rows, run_dir, *, validation=(), seed=0, epochs=2,
              learning_rate=5e-4, batch_size=8, lora_rank=16, lora_alpha=32, lora_dropout=0.0,
-             checkpoint_steps=20, report=lambda line: None) -> tuple[list[dict], dict]:
-    """QLoRA on `rows` ({prompt, target}): loss on the completion only, LoRA in fp32 on the paper's
+             warmup=0.1, checkpoint_steps=20, encode_row=encode, report=lambda line: None) -> tuple:
+    """QLoRA on `rows` ({prompt, target}): loss where `encode_row` says, LoRA in fp32 on the paper's
     seven projections. Resumes from the last checkpoint, leaves `run_dir/adapter`. Returns log rows
     (step, loss, eval_loss, seconds, tokens_per_s) and {train_tokens, train_tokens_per_s,
     train_seconds}."""
@@ -730,7 +778,7 @@ def finetune(model, tokenizer, rows, run_dir, *, validation=(), seed=0, epochs=2
     from peft import LoraConfig, get_peft_model
     from peft.helpers import disable_input_dtype_casting
     from transformers import Trainer, set_seed
-    train, held_out = ([dict(zip(("input_ids", "mask"), encode(
+    train, held_out = ([dict(zip(("input_ids", "mask"), encode_row(
         tokenizer, r["prompt"], r["target"]))) for r in part] for part in (rows, validation))
     lengths = [len(r["mask"]) for r in train]
     set_seed(seed)
@@ -741,7 +789,7 @@ def finetune(model, tokenizer, rows, run_dir, *, validation=(), seed=0, epochs=2
     order, total = training_order(lengths, batch_size, epochs, seed), sum(lengths) * epochs
     arguments = _arguments(
         run_dir, -(-len(order) // batch_size), bool(held_out), seed=seed,
-        learning_rate=learning_rate, per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate, per_device_train_batch_size=batch_size, warmup_steps=warmup,
         per_device_eval_batch_size=2 * batch_size, save_steps=checkpoint_steps)
     trainer = Trainer(model, arguments, functools.partial(collate, pad_id=tokenizer.pad_token_id),
                       train_dataset=Dataset.from_list(train).select(order),
@@ -755,19 +803,22 @@ def finetune(model, tokenizer, rows, run_dir, *, validation=(), seed=0, epochs=2
         "train_tokens": total, "train_tokens_per_s": total / seconds, "train_seconds": seconds}
 
 def generate(model, tokenizer, prompts: list[list[int]], *, max_new_tokens=128, batch_size=32,
-             on_batch=lambda indices, completions: None) -> list[list[int]]:
+             seeds=None, on_batch=lambda indices, completions: None) -> list[list[int]]:
     """Greedy completions of tokenised prompts, ids without end or padding tokens. Prompts are
-    batched by length; `on_batch(indices, completions)` is called after each batch."""
+    batched by length; `on_batch(indices, completions)` is called after each batch. With `seeds`
+    (one a prompt) each is sampled alone under the student's own settings, by its seed only."""
     import torch
     stops = {tokenizer.eos_token_id, *np.ravel(model.generation_config.eos_token_id).tolist()}
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     done: dict[int, list[int]] = {}
-    for start in range(0, len(order), batch_size):
+    for start in range(0, len(order), batch_size := 1 if seeds else batch_size):
         chunk = order[start:start + batch_size]
+        if seeds:
+            torch.manual_seed(seeds[chunk[0]])
         batch = tokenizer.pad({"input_ids": [prompts[i] for i in chunk]}, padding_side="left",
                               return_tensors="pt").to(model.device)
         with torch.inference_mode():
-            out = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False,
+            out = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=bool(seeds),
                                  eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id)
         for i, row in zip(chunk, out[:, batch["input_ids"].shape[1]:].tolist()):
             done[i] = row[:next((k for k, t in enumerate(row) if t in stops), len(row))]
@@ -786,7 +837,7 @@ def _student_name(value):
 
 _COUNT, _POSITIVE, _SEED = (int, [0, 10**7]), (int, [1, 10**6]), (int, [0, 2**31 - 1])
 _STUDY, _DOSE = (str, re.compile(r"[A-Za-z0-9][\w.-]{0,60}")), (float, [0.0, 1.0])
-_DATASET, _PROTOCOL = (str, tuple(SIZES)), (str, ("controlled",))
+_DATASET, _PROTOCOL = (str, tuple(SIZES)), (str, tuple(PROTOCOLS))
 _STUDENT, _TEXT = (str, _student_name), (str, None)
 _LIST = (str, lambda v: [_check_value("conditions", c, str, tuple(LAYOUTS)) for c in v.split(",")])
 _COMMON = {"dataset": _DATASET, "study": _STUDY, "seed": _SEED}
@@ -795,7 +846,7 @@ _SPLIT_SIZES = dict.fromkeys(("n_train", "n_validation", "n_test"), _COUNT)
 PARAMETERS = {
     "00_run_study": {
         "profile": (str, ("smoke", "laptop")), "dataset": (str, ("", *SIZES)), "conditions": _LIST,
-        "study": (str, re.compile(rf"|{_STUDY[1].pattern}")),
+        "protocol": _PROTOCOL, "study": (str, re.compile(rf"|{_STUDY[1].pattern}")),
         "seeds": (str, re.compile(r"\d+(,\d+)*"))},
     "01_decompose_problems": {**_COMMON, **_SPLIT_SIZES, "keep_overlap": (bool, None)},
     "02_corrupt_traces": {**_COMMON, **_SPLIT_SIZES, "protocol": _PROTOCOL, "conditions": _LIST,
@@ -859,6 +910,9 @@ def check_parameters(notebook: str, values: dict) -> dict:
     if missing := [name for name in schema if name not in values]:
         raise ValueError(f"{notebook}: parameters missing: {', '.join(missing)}")
     resolved = {name: _check_value(name, values[name], *rule) for name, rule in schema.items()}
+    if protocol := resolved.get("protocol"):
+        for condition in resolved.get("conditions", resolved.get("condition")).split(","):
+            _check_value(f"condition (protocol {protocol})", condition, str, PROTOCOLS[protocol])
     values.update(resolved)
     return resolved
 
@@ -883,7 +937,7 @@ def resolve_run(parameters: dict, study: str) -> dict:
                      p["protocol"], f"seed{p['seed']}", digest[:8]))
     done = sorted(RESULTS.glob(f"*/{slug}/metrics.json"))
     trained = (RUNS / slug / "adapter" / "adapter_model.safetensors").exists()
-    finished = bool(done) and (p["condition"] == "direct" or trained)
+    finished = bool(done) and (p["condition"] in UNTRAINED or trained)
     return {"run_id": slug, "data_hash": data_hash, "parameters": p, "run_dir": RUNS / slug,
             "results_dir": RESULTS / study / slug, "sft": path,
             "finished": done[0].parent if finished else None}

@@ -1,0 +1,103 @@
+"""Untuned students: what `direct` and `direct_few_shot` are shown, and that nothing is trained."""
+from dataclasses import replace
+
+import pytest
+import tracekd_utils as tk
+from conftest import make_workspace, notebook_functions, papermill
+
+nb = notebook_functions("02_corrupt_traces")
+
+
+@pytest.fixture(scope="module")
+def pool(microworld):
+    return nb.Pool(microworld)
+
+
+def test_the_prompt_of_direct_is_as_it_was(example):
+    assert tk.render_prompt(example, direct=True) == (
+        "Context:\nMary went to the garden.\nMary took the apple.\nMary went to the kitchen.\n"
+        "John did not take the ball.\nQuestion: Where is the apple?\n\nAnswer the question. First "
+        "name the type of the question, one of: person-place, object-place, object-holder, "
+        "carried-count, place-before, size-compare. Then copy the facts that are needed from the "
+        "context. Then answer in as few words as possible. Write exactly this format and nothing "
+        "else:\n<think>Question type: the type\nFacts:\n- a fact\n- another fact</think>\n"
+        "<answer>the answer</answer>")
+
+
+def test_shots_are_training_items_of_other_stories(pool):
+    train = {e.id for e in pool.splits["train"]}
+    for e in pool.examples[::5]:
+        shots = nb.worked_examples(e, pool, 0)
+        assert len({s.id for s in shots}) == nb.SHOTS == 4 and {s.id for s in shots} <= train
+        assert e.id not in {s.id for s in shots}
+        for s in shots:
+            a, b = set(s.facts), set(e.facts)
+            assert len(a & b) * 2 <= min(len(a), len(b))
+
+
+def test_another_question_on_the_story_is_never_a_shot(pool):
+    e = pool.splits["test"][0]
+    twins = [replace(e, id=f"microworld/train/t{k}", split="train",
+                     facts=e.facts[:len(e.facts) - k]) for k in range(3)]
+    strangers = pool.splits["train"][:5]
+    study = nb.Pool([*twins, *(s for s in strangers if not nb.same_story(s, e)), e])
+    for seed in range(50):
+        assert not {s.id for s in nb.worked_examples(e, study, seed)} & {t.id for t in twins}
+
+
+def test_a_prompt_depends_on_its_item_and_the_seed_alone(pool, microworld):
+    moved = nb.Pool(reversed(microworld))
+    prompts = [nb.few_shot_prompt(e, pool, 0, 8192) for e in microworld[::40]]
+    assert prompts == [nb.few_shot_prompt(e, moved, 0, 8192) for e in microworld[::40]]
+    assert prompts != [nb.few_shot_prompt(e, pool, 1, 8192) for e in microworld[::40]]
+
+
+def test_worked_examples_stand_before_the_prompt_of_direct(pool):
+    e = pool.splits["test"][3]
+    text, n = nb.few_shot_prompt(e, pool, 0, 8192)
+    shots = nb.worked_examples(e, pool, 0)
+    assert n == 4 and text == "".join(
+        f"Example {k}:\n{tk.render_prompt(s)}"
+        f"{tk.render_target(s, nb.make_trace(s, 'correct', pool))}\n\n"
+        for k, s in enumerate(shots, start=1)) + tk.render_prompt(e, direct=True)
+
+
+def test_fewer_examples_are_shown_where_the_window_is_short(pool):
+    e = pool.splits["test"][3]
+    whole, alone = nb.few_shot_prompt(e, pool, 0, 8192)[0], tk.render_prompt(e, direct=True)
+    need = pool.count(whole) + nb.ROOM
+    assert [nb.few_shot_prompt(e, pool, 0, w)[1] for w in (need, need - 1)] == [4, 3]
+    assert nb.few_shot_prompt(e, pool, 0, 1) == (alone, 0)
+
+
+def test_both_are_untrained_wherever_it_matters(outside_root):
+    assert {tk.LAYOUTS[c] for c in tk.UNTRAINED} == {"before"}
+    parameters = tk.notebook_defaults("03_finetune_student")
+    for condition in (*tk.UNTRAINED, "correct"):
+        p = {**parameters, "dataset": "babi20", "condition": condition, "student": "tiny"}
+        tk.write_jsonl(tk.sft_path("babi20", "controlled", condition, 1.0, 0), [{"id": "x"}])
+        run = tk.resolve_run(p, "untrained")
+        tk.write_json(run["results_dir"] / "metrics.json", {})
+        found = tk.resolve_run(p, "untrained")["finished"]  # there is no adapter
+        assert (found is not None) is (condition in tk.UNTRAINED)
+    study = notebook_functions("00_run_study")
+    study.of_run.__globals__.update(chosen=study.PROFILES["laptop"])
+    assert [study.of_run(c) for c in (*tk.UNTRAINED, "correct")] == [
+        {"max_new_tokens": 64}, {"max_new_tokens": 64}, {}]
+
+
+def test_a_few_shot_run_trains_nothing(tmp_path):
+    folder = make_workspace(tmp_path)
+    tk.write_jsonl(folder / "data/interim/microworld/examples.jsonl", notebook_functions(
+        "01_decompose_problems").make_microworld(24, 12, 12))
+    options = ("-p", "study", "few", "-p", "student", "tiny")
+    done = papermill(folder, "02_corrupt_traces", *options, "-p", "conditions", "direct_few_shot")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "rows by number of worked examples: {4: 48}" in done.stderr
+    done = papermill(folder, "03_finetune_student", *options, "-p", "condition",
+                     "direct_few_shot", "-p", "max_new_tokens", "8")
+    assert done.returncode == 0, done.stderr[-3000:]
+    results, = folder.glob("data/results/few/*direct_few_shot*")
+    assert len(tk.read_jsonl(results / "predictions.jsonl")) == 12
+    assert not (results / "training_curve.csv").exists()
+    assert not list(folder.glob("data/runs/*/adapter"))
