@@ -323,24 +323,29 @@ def test_a_download_can_be_read(tmp_path, monkeypatch):
 
 # --------------------------------------------------------------------------- whole runs
 @pytest.fixture(scope="module")
-def study(workspace, data_dir):
-    """01, 02 and 03 on the sample, with the tiny student, whose window is short."""
-    common = ("-p", "dataset", "marco", "-p", "study", "marco")
-    sizes = [x for s, n in (("train", 8), ("validation", 2), ("test", 6))
-             for x in ("-p", f"n_{s}", str(n))]
-    for name, options in (
-            ("01_decompose_problems", ()),
-            ("02_corrupt_traces", (*sizes, "-p", "student", "tiny")),
-            ("03_finetune_student", ("-p", "student", "tiny", "-p", "max_new_tokens", "8",
-                                     "-p", "epochs", "1"))):
-        done = papermill(workspace, name, *common, *options)
+def study(workspace, real):
+    """01 on the sample; 02 and 03 on a few rows, with the tiny student's short window."""
+    path = workspace / "data/interim/marco/examples.jsonl"
+    for name, *options in (
+            ("01_decompose_problems",), ("02_corrupt_traces", "-p", "student", "tiny"),
+            ("03_finetune_student", "-p", "student", "tiny", "-p", "condition", "direct",
+             "-p", "max_new_tokens", "8", "-p", "quantize", "false")):
+        done = papermill(workspace, name, "-p", "dataset", "marco", "-p", "study", "marco",
+                         *options)
         assert done.returncode == 0, done.stderr[-3000:]
+        if name.startswith("01"):
+            examples = tk.read_examples(path)
+            assert set(examples) == set(real[0])
+            tk.write_jsonl(path, [e for s, n in SMALL.items() for e in [
+                e for e in examples if e.split == s][:n]])
     return workspace
+
+
+SMALL = {"train": 6, "validation": 2, "test": 6}
 
 
 def test_01_leaves_what_it_promises_for_marco(study, real):
     found = json.loads((study / "data/results/marco/decomposition.json").read_text())
-    assert set(tk.read_examples(study / "data/interim/marco/examples.jsonl")) == set(real[0])
     assert found["kept"] == len(real[0]) and found["refused"] == real[1]["refused"]
     assert sum(v["n"] for v in found["agreement"].values()) == 232
     assert all("answers_same" not in v for v in found["agreement"].values())
@@ -360,7 +365,8 @@ def test_02_fits_every_row_into_the_window_the_same_in_all_conditions(study, rea
     window, by_id = checks["window"], {e.id: e for e in real[0]}
     assert set(rows) == {"direct", "vanilla", "correct", "incorrect"}
     assert window["limit"] == 2048 and window["facts_taken_out"]
-    assert checks["rows"] == {"train": 8, "validation": 2, "test": 6}
+    out = Counter(by_id[i].split for i in window["left_out"])
+    assert checks["rows"] == {s: n - out[s] for s, n in SMALL.items()}
     tokenizer = AutoTokenizer.from_pretrained(study / "data/raw/students/tiny")
     for r, v, i in zip(rows["correct"], rows["vanilla"], rows["incorrect"]):
         assert (r["id"], r["prompt"]) == (v["id"], v["prompt"]) == (i["id"], i["prompt"])
@@ -381,12 +387,13 @@ def test_02_fits_every_row_into_the_window_the_same_in_all_conditions(study, rea
 
 
 def test_03_leaves_scores_and_no_text_of_marco(study, real):
-    (folder,) = (study / "data/results/marco").glob("marco-tiny-correct-*")
+    (folder,) = (study / "data/results/marco").glob("marco-tiny-direct-*")
     rows = tk.read_jsonl(folder / "predictions.jsonl")
-    assert len(rows) == 6 and all(r["id"].startswith("marco/test/") for r in rows)
+    sft = tk.read_jsonl(study / "data/interim/marco/sft/controlled/correct-dose1-seed0.jsonl")
+    assert {r["id"] for r in rows} == {r["id"] for r in sft if r["split"] == "test"}
     metrics = json.loads((folder / "metrics.json").read_text())
     for name in ("answer_f1", "answer_rouge_l"):
-        assert metrics[name] == pytest.approx(sum(r[name] for r in rows) / 6)
+        assert metrics[name] == pytest.approx(sum(r[name] for r in rows) / len(rows))
     private = tk.read_jsonl(study / "data/runs" / folder.name / "predictions.jsonl")
     assert [{k: v for k, v in r.items() if k not in ("output", "output_ids")}
             for r in private] == rows and all(r["output_ids"] for r in private)
@@ -397,8 +404,12 @@ def test_03_leaves_scores_and_no_text_of_marco(study, real):
             assert json.dumps(text)[1:40] not in public, e.id
 
 
-def test_what_needs_the_text_of_outputs_refuses_marco(study):
-    (folder,) = (study / "data/results/marco").glob("marco-tiny-correct-*")
-    metrics = json.loads((folder / "metrics.json").read_text())
+@pytest.mark.parametrize("notebook", ["06_intervene_on_traces", "08_stress_the_parser"])
+def test_what_needs_the_text_of_outputs_refuses_marco(notebook, tmp_path, monkeypatch):
+    metrics = {"parameters": {"dataset": "marco", "condition": "correct",
+                              "protocol": "controlled"}}
+    tk.write_json(tmp_path / "s/run/metrics.json", metrics)
+    monkeypatch.setattr(tk, "RESULTS", tmp_path)
+    nb = notebook_functions(notebook)
     with pytest.raises(ValueError, match="MARCO.*another dataset"):
-        notebook_functions("06_intervene_on_traces").check_run(metrics, folder)
+        nb.check_run(metrics, tmp_path / "s/run") if "06" in notebook else nb.study_outputs("s")
