@@ -372,7 +372,8 @@ def _rouge():
 
 def rouge_l(predicted: str, references) -> float:
     """Best ROUGE-L F1 over alternative references, 0 to 1 (Lin 2004, library rouge-score)."""
-    return _rouge().score_multi(list(references), predicted[:_LONGEST])["rougeL"].fmeasure
+    found = _rouge().score_multi(list(references), predicted[:_LONGEST])["rougeL"]
+    return float(found.fmeasure)
 
 def _score_answers(answers, example: Example) -> tuple[bool, bool, float]:
     """Return (right, exactly right, token F1); MARCO's answers are alternatives."""
