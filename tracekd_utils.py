@@ -44,7 +44,8 @@ SPLITS = ("train", "validation", "test")
 # what a study takes where a notebook's parameter is 0: rows per split, and epochs
 SIZES = {name: dict(zip((*SPLITS, "epochs"), row)) for name, row in (
     ("microworld", (400, 48, 400, 2)), ("babi", (1200, 48, 600, 1)),
-    ("babi20", (1200, 48, 600, 1)), ("cotempqa", (400, 48, 300, 1)))}
+    ("babi20", (1200, 48, 600, 1)), ("cotempqa", (400, 48, 300, 1)),
+    ("marco", (160, 16, 48, 1)))}
 # conditions, with the place of their trace; 02 holds the registry that builds the traces
 LAYOUTS = {"direct": "before", "vanilla": "none", **dict.fromkeys((
     "correct incorrect wrong_label wrong_facts random_facts rule_wrong wrong_with_answer swapped "
@@ -197,14 +198,16 @@ def render_prompt(example: Example, protocol: str = "controlled", direct: bool =
 def render_target(example: Example, trace: Trace | None, protocol: str = "controlled",
                   layout: str = "before") -> str:
     """Text that the student is trained to write; `trace=None` leaves the answer alone. Several
-    answers are joined by `; `. `layout` puts the trace `before` or `after` the answer."""
+    answers are joined by `; `; MARCO's are alternatives, and the first is written. `layout` puts
+    the trace `before` or `after` the answer."""
     _check_value("protocol", protocol, *_PROTOCOL)
     if protocol == "published":  # no tags without a trace; `Trace.text` is a fact that is no list
         answer = {"cotempqa": str([*example.answers]), "marco": example.answers[0]}.get(
             example.dataset, ",".join(example.answers))
         said = (trace.label, trace.text or str([*trace.facts]), answer, "") if trace else ()
         return "".join(map("".join, zip(_PAPER[example.dataset == "cotempqa"], said))) or answer
-    answer = f"<answer>{'; '.join(map(_escape, example.answers))}</answer>"
+    answers = example.answers[:1] if example.dataset == "marco" else example.answers
+    answer = f"<answer>{'; '.join(map(_escape, answers))}</answer>"
     if trace is None:
         return answer
     content = _escape(trace.text) if trace.text is not None else "\n- ".join(
@@ -264,10 +267,11 @@ def _read_list(text: str) -> list[str]:
     return items
 
 def _read_answers(text: str, example: Example) -> tuple[str, ...] | None:
-    """Answers of an answer text: `;` separates; in bAbI and the microworld `,` does too."""
+    """Answers of an answer text: `;` separates; in bAbI and the microworld `,` does too. In MARCO
+    nothing does: one answer is asked for, and it may hold any mark."""
     comma = ";" not in text and example.dataset in ("babi", "babi20", "microworld")
-    parts = _read_list(text) if text.strip()[:1] == "[" else re.split(
-        r",|\band\b" if comma else ";", text)
+    parts = [text] if example.dataset == "marco" else _read_list(text) if (
+        text.strip()[:1] == "[") else re.split(r",|\band\b" if comma else ";", text)
     return tuple(filter(None, (_unescape(p.strip(" \t\n*_`'\"")) for p in parts))) or None
 
 def _span(text: str, tags, answer: bool, problems: list[str]) -> tuple[str | None, int]:
@@ -389,6 +393,16 @@ def token_f1(predicted: str, gold: str) -> float:
     common = sum((Counter(a) & Counter(b)).values())
     return 2 * common / (len(a) + len(b)) if common else 0.0
 
+@functools.cache
+def _rouge():
+    from rouge_score import rouge_scorer
+    return rouge_scorer.RougeScorer(["rougeL"])  # no stemming; words are runs of a-z and 0-9
+
+def rouge_l(predicted: str, references) -> float:
+    """Best ROUGE-L F1 over alternative references, 0 to 1 (Lin 2004, library rouge-score)."""
+    found = _rouge().score_multi(list(references), predicted[:_LONGEST])["rougeL"]
+    return float(found.fmeasure)
+
 def _score_answers(answers, example: Example) -> tuple[bool, bool, float]:
     """Return (right, exactly right, token F1); MARCO's answers are alternatives."""
     if not answers:
@@ -405,7 +419,8 @@ def score(parsed: Parsed, example: Example, layout: str | None = None) -> dict:
     """Score trace and answer of one output separately, each against the item's own gold. Fields
     ending in `_strict` come from the strict reading, the others from the lenient one. `layout` is
     where the condition puts the trace: with `none` label, facts and trace are None, with `before`
-    or `after` a missing trace is wrong; None takes the output's own layout."""
+    or `after` a missing trace is wrong; None takes the output's own layout. MARCO rows also have
+    `answer_rouge_l`."""
     layout = layout or parsed.layout
     right, exact, f1 = _score_answers(parsed.answers, example)
     ok = not parsed.problems and parsed.layout == layout
@@ -414,6 +429,8 @@ def score(parsed: Parsed, example: Example, layout: str | None = None) -> dict:
                          "trace_ok_strict").split())
     row.update(parsed_ok=ok, answer_ok=right, answer_exact=exact, answer_f1=f1,
                answer_ok_strict=right and ok, problems=list(parsed.problems))
+    if example.dataset == "marco":
+        row["answer_rouge_l"] = rouge_l("; ".join(parsed.answers or ()), example.answers)
     if layout == "none":
         return row
     trace = parsed.reading or parsed.trace or Trace()
@@ -848,9 +865,10 @@ PARAMETERS = {
         "profile": (str, ("smoke", "laptop")), "dataset": (str, ("", *SIZES)), "conditions": _LIST,
         "protocol": _PROTOCOL, "study": (str, re.compile(rf"|{_STUDY[1].pattern}")),
         "seeds": (str, re.compile(r"\d+(,\d+)*"))},
-    "01_decompose_problems": {**_COMMON, **_SPLIT_SIZES, "keep_overlap": (bool, None)},
+    "01_decompose_problems": {**_COMMON, **_SPLIT_SIZES,
+                              **dict.fromkeys(("keep_overlap", "keep_no_answer"), (bool, None))},
     "02_corrupt_traces": {**_COMMON, **_SPLIT_SIZES, "protocol": _PROTOCOL, "conditions": _LIST,
-                          "dose": _DOSE, "student": _STUDENT},
+                          "dose": _DOSE, "student": _STUDENT, "max_tokens": _COUNT},
     "03_finetune_student": {
         **_COMMON, "student": _STUDENT, "condition": (str, tuple(LAYOUTS)), "protocol": _PROTOCOL,
         "dose": _DOSE, "epochs": (int, [0, 100]), "quantize": (bool, None),

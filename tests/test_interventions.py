@@ -34,6 +34,7 @@ def items(microworld, corrupter, plain, monkeypatch):
     texts = {a: {e.id: tk.render_target(e, corrupter.make_trace(e, c, pool)).partition(
         "<answer>")[0] + "<answer>" for e in examples} for a, c in nb.FILES.items()}
     for name, value in (("examples", {e.id: e for e in examples}), ("texts", texts),
+                        ("prompts", {e.id: tk.render_prompt(e) for e in examples}),
                         ("run", {"protocol": "controlled"})):
         monkeypatch.setitem(SPACE, name, value)
     known = nb.answers_of(examples)
