@@ -24,7 +24,7 @@ QWEN3_CHAT = (
 LLAMA_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>",
                 "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"]
 QWEN3_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
 
 

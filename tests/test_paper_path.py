@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 import tracekd_utils as tk
+import transformers.training_args
 from conftest import make_workspace, notebook_functions, papermill
 from families import ENDS, FAMILIES, LLAMA_CHAT, QWEN3_CHAT
 from safetensors.torch import load_file
@@ -59,12 +60,18 @@ def test_the_student_is_quantised_as_in_the_paper(loaded, family):
     assert tokenizer.pad_token == ENDS[family][0 if family == "llama" else 1]
 
 
+def pretend(patch, device):
+    """Let the helper and the Trainer's arguments take this machine for one with `device`."""
+    patch.setattr(tk, "resolve_device", lambda: {
+        "device": device, "dtype": torch.bfloat16, "reason": ""})
+    patch.setattr(transformers.training_args, "is_torch_bf16_gpu_available", lambda: True)
+
+
 @pytest.mark.parametrize("device, optimiser, checkpointing", [
     ("cpu", "adamw_torch", False), ("cuda", "paged_adamw_8bit", True)])
 def test_the_device_chooses_optimiser_and_checkpointing(monkeypatch, tmp_path, device,
                                                         optimiser, checkpointing):
-    monkeypatch.setattr(tk, "resolve_device", lambda: {
-        "device": device, "dtype": torch.bfloat16, "reason": ""})
+    pretend(monkeypatch, device)
     chosen = tk._arguments(tmp_path, 40, True, learning_rate=2e-4)
     assert (chosen.optim.value, chosen.activation_checkpointing, chosen.bf16) == (
         optimiser, checkpointing, True)
@@ -187,8 +194,7 @@ def arguments_of_a_gpu(monkeypatch, **changes):
 
     def arguments(*given, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(tk, "resolve_device", lambda: {
-                "device": "cuda", "dtype": torch.bfloat16, "reason": ""})
+            pretend(patch, "cuda")
             seen.append(dataclasses.replace(real(*given, **options), use_cpu=True, **changes))
         assert tk.resolve_device is here
         return seen[-1]
