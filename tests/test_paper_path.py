@@ -15,6 +15,7 @@ from conftest import make_workspace, notebook_functions, papermill
 from families import ENDS, FAMILIES, LLAMA_CHAT, QWEN3_CHAT
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 BOTH = pytest.mark.parametrize("family", sorted(FAMILIES))
 # how ids are made of an example and a target; a protocol with its own way joins here
 PATHS = {
@@ -254,25 +255,24 @@ def prepared(tmp_path_factory, corrupter, microworld):
     parts = [e for split, n in zip(tk.SPLITS, (16, 4, 4))
              for e in [e for e in microworld if e.split == split][:n]]
     tk.write_jsonl(interim / "examples.jsonl", parts)
-    for condition in ("vanilla", "correct"):
-        tk.write_jsonl(interim / f"sft/controlled/{condition}-dose1-seed0.jsonl", [{
-            "id": e.id, "split": e.split, "condition": condition,
-            "prompt": tk.render_prompt(e), "target": tk.render_target(
-                e, corrupter.make_trace(e, condition, pool))} for e in parts])
+    tk.write_jsonl(interim / "sft/controlled/correct-dose1-seed0.jsonl", [{
+        "id": e.id, "split": e.split, "condition": "correct", "prompt": tk.render_prompt(e),
+        "target": tk.render_target(e, corrupter.make_trace(e, "correct", pool))}
+        for e in parts])
     return workspace
 
 
-@pytest.mark.parametrize("family, condition", [("llama", "correct"), ("qwen3", "vanilla")])
-def test_03_takes_a_local_folder(prepared, folders, family, condition):
-    options = {"student": folders[family], "condition": condition, "study": family,
-               "epochs": 1, "batch_size": 8, "lora_rank": 4, "max_new_tokens": 8}
+def test_03_takes_a_local_folder(prepared, folders):
+    options = {"student": folders["qwen3"], "study": "local", "epochs": 1, "batch_size": 8,
+               "lora_rank": 4, "max_new_tokens": 8}
     done = papermill(prepared, "03_finetune_student", *(
         x for k, v in options.items() for x in ("-p", k, str(v))))
     assert done.returncode == 0, done.stderr[-3000:]
-    (path,) = prepared.glob(f"data/results/{family}/*/metrics.json")
+    (path,) = prepared.glob("data/results/local/*/metrics.json")
     metrics = json.loads(path.read_text())
     assert metrics["n_test"] == 4 and metrics["train_tokens"] > 0
-    assert (metrics["trace_ok"] is None) is (condition == "vanilla")
+    assert metrics["quadrants"] and metrics["student_files"] == "qwen3"
+    assert [r for r in tk.read_jsonl(path.with_name("predictions.jsonl")) if r["output"]]
     assert (prepared / "data/runs" / path.parent.name / "adapter").is_dir()
 
 
