@@ -53,10 +53,9 @@ LAYOUTS = {"direct": "before", "vanilla": "none", **dict.fromkeys((
 UNTRAINED = ("direct", "direct_few_shot")
 PROTOCOLS = {"controlled": tuple(LAYOUTS), "published": tuple(LAYOUTS)[:4]}  # their conditions
 # words of the microworld: 01 writes its stories with them, `tiny` learns its tokens there
-PEOPLE = ("Mary", "John", "Sandra", "Daniel", "Emma", "Peter", "Lucy", "Oscar")
-PLACES = ("kitchen", "garden", "office", "hallway", "bedroom", "library", "cellar")
-THINGS = ("apple", "ball", "book", "lamp", "coin", "key", "cup")
-BOXES = ("box", "chest", "crate", "basket", "jar", "bag")
+PEOPLE, PLACES, THINGS, BOXES = (tuple(words.split()) for words in (
+    "Mary John Sandra Daniel Emma Peter Lucy Oscar", "kitchen garden office hallway bedroom "
+    "library cellar", "apple ball book lamp coin key cup", "box chest crate basket jar bag"))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
@@ -332,20 +331,18 @@ def _python_list(text: str) -> tuple[str, ...]:
 
 def _exactly_published(text: str, example: Example) -> Parsed | None:
     """What an output says that has the very form of the paper's targets, else None."""
-    start, middle, end, last = _PAPER[example.dataset == "cotempqa"]
-    answer, trace, seen = text, None, None
-    if text.startswith(start) and text.endswith(last):
-        label, _, rest = text[len(start):-len(last)].partition(middle)
-        cited, _, answer = rest.rpartition(end)
-        facts = _python_list(cited)
-        if label not in LABELS[example.dataset] or not facts and cited[:1] in ("", "["):
-            return None
-        trace = Trace(label=label, facts=facts, text=None if facts else cited)
-        seen = Trace(label=label, facts=facts or (cited,))
+    start, middle, end, last = map(re.escape, _PAPER[example.dataset == "cotempqa"])
+    match = re.fullmatch(f"{start}(.*?){middle}(.*){end}(.*?){last}", text, re.DOTALL)
+    label, cited, answer = match.groups() if match else ("", "", text)
+    facts = _python_list(cited)
     answers = {"cotempqa": _python_list(answer), "marco": (answer,)}.get(
         example.dataset, tuple(answer.split(",")))
-    if _TAG.search(answer) or "\n" in answer or not (answers and all(a.strip() for a in answers)):
+    if (_TAG.search(answer) or "\n" in answer or not (answers and all(a.strip() for a in answers))
+            or match and (label not in LABELS[example.dataset]
+                          or not facts and cited[:1] in ("", "["))):
         return None
+    trace, seen = (Trace(label=label, facts=facts, text=None if facts else cited),
+                   Trace(label=label, facts=facts or (cited,))) if match else (None, None)
     return Parsed(trace=trace, answers=answers, layout="before" if trace else "none", reading=seen)
 
 def parse_output(text: str, example: Example, protocol: str = "controlled") -> Parsed:
@@ -393,16 +390,6 @@ def token_f1(predicted: str, gold: str) -> float:
     common = sum((Counter(a) & Counter(b)).values())
     return 2 * common / (len(a) + len(b)) if common else 0.0
 
-@functools.cache
-def _rouge():
-    from rouge_score import rouge_scorer
-    return rouge_scorer.RougeScorer(["rougeL"])  # no stemming; words are runs of a-z and 0-9
-
-def rouge_l(predicted: str, references) -> float:
-    """Best ROUGE-L F1 over alternative references, 0 to 1 (Lin 2004, library rouge-score)."""
-    found = _rouge().score_multi(list(references), predicted[:_LONGEST])["rougeL"]
-    return float(found.fmeasure)
-
 def _score_answers(answers, example: Example) -> tuple[bool, bool, float]:
     """Return (right, exactly right, token F1); MARCO's answers are alternatives."""
     if not answers:
@@ -419,18 +406,15 @@ def score(parsed: Parsed, example: Example, layout: str | None = None) -> dict:
     """Score trace and answer of one output separately, each against the item's own gold. Fields
     ending in `_strict` come from the strict reading, the others from the lenient one. `layout` is
     where the condition puts the trace: with `none` label, facts and trace are None, with `before`
-    or `after` a missing trace is wrong; None takes the output's own layout. MARCO rows also have
-    `answer_rouge_l`."""
+    or `after` a missing trace is wrong; None takes the output's own layout."""
     layout = layout or parsed.layout
     right, exact, f1 = _score_answers(parsed.answers, example)
     ok = not parsed.problems and parsed.layout == layout
-    row = dict.fromkeys(("parsed_ok label_ok facts_precision facts_recall facts_ok trace_ok "
-                         "answer_ok answer_exact answer_f1 answer_in_trace trace_words "
-                         "trace_ok_strict").split())
+    row = dict.fromkeys((
+        "parsed_ok label_ok facts_precision facts_recall facts_ok trace_ok answer_ok answer_exact "
+        "answer_f1 answer_in_trace trace_words trace_ok_strict").split())
     row.update(parsed_ok=ok, answer_ok=right, answer_exact=exact, answer_f1=f1,
                answer_ok_strict=right and ok, problems=list(parsed.problems))
-    if example.dataset == "marco":
-        row["answer_rouge_l"] = rouge_l("; ".join(parsed.answers or ()), example.answers)
     if layout == "none":
         return row
     trace = parsed.reading or parsed.trace or Trace()
@@ -463,10 +447,9 @@ def released_extract(text: str) -> str:
     return text.replace("assistant", "").replace("think", "")
 
 def released_score(text: str, example: Example, examples=None) -> dict:
-    """{answer_ok, trace_ok} of one output under the released scoring in its bAbI form. `examples`
-    are the gold rows in file order: the first whose answer holds the gold answer judges the trace,
-    often another question's (None: the item's own). Any one fact of its story is enough.
-    `trace_ok` is None where the released code leaves the output out of the quadrants."""
+    """{answer_ok, trace_ok} under the released scoring in its bAbI form. Of `examples`, the gold
+    rows in file order (None: the item's own), the first whose answer holds the gold answer judges
+    the trace, by any fact of its story; `trace_ok` is None where the released code skips it."""
     gold, said, head = "; ".join(example.answers), released_extract(text), text.split("</think>")[0]
     rows = (e for e in examples or [example] if gold in "; ".join(e.answers))
     ok = any(r.label in p for r in [*rows][:1] for p in head.split(".")[:2] if any(
@@ -539,13 +522,12 @@ def _stratified(frame) -> dict:
             "strata": usable["label"].nunique(), "reason": reason}
 
 def disconnect_statistics(frame) -> dict:
-    """Joint and conditional rates and the association of trace and answer correctness. `frame` has
-    one row an item: `trace_ok`, `answer_ok`, and `label` for the stratified test. Shares carry 95 %
-    Wilson intervals, the difference of the conditional rates a Newcombe interval, phi a percentile
-    bootstrap over items (multinomial draws of the cells, one half added to each), the odds ratio a
-    log-normal interval; chi-square without Yates' correction, Fisher's exact test below an expected
-    count of 5. An empty margin gives None and a `reason`. This is association, nothing is
-    manipulated. Agresti, Categorical Data Analysis (2013), ch. 2, 3, 6."""
+    """Joint and conditional rates and the association of trace and answer correctness (`frame`: one
+    row an item, `trace_ok`, `answer_ok`, and `label` to stratify by). 95 % intervals: Wilson for
+    shares, Newcombe for the difference of the conditional rates, for phi a percentile bootstrap
+    over items (one half added to each cell), log-normal for the odds ratio; chi-square without
+    Yates' correction, Fisher's exact test below an expected 5. An empty margin gives None and a
+    `reason`. Agresti, Categorical Data Analysis (2013), ch. 2, 3, 6."""
     from statsmodels.stats.proportion import confint_proportions_2indep
     if (cells := quadrants(frame)) is None:
         return {"n": len(frame), "quadrants": None, "reason": "no trace to score"}
@@ -644,11 +626,9 @@ def _smollm2(folder: Path) -> None:
             GgufConfig(dequantize=True))).save_pretrained(folder)
 
 def fetch(repo: str, kind: str, pin: str, patterns: list[str], instead: str) -> Path:
-    """Folder with files of a hub repository (`kind`: model, dataset) at one commit, hashes checked.
-
-    The commit that `pin` begins, else the newest of the first call, as recorded in data/raw/hub.
-    A failure raises one `RuntimeError` that says what to do, or `instead`.
-    """
+    """Folder with files of a hub repository (`kind`: model, dataset), hashes checked, at the commit
+    that `pin` begins, else the newest of the first call (recorded in data/raw/hub). A failure
+    raises one `RuntimeError` that says what to do, or `instead`."""
     from huggingface_hub import HfApi, errors, is_offline_mode, snapshot_download
     record = RAW / "hub" / f"{kind}--{repo.replace('/', '--')}"
     known = record.read_text() if record.exists() else ""  # written when all was verified
@@ -755,7 +735,6 @@ def _progress(total_tokens: int, report):
             self.start = time.monotonic() - max((0.0, *(r["seconds"] for r in state.log_history)))
 
         def on_log(self, args, state, control, logs=None, **kwargs):
-            """Add seconds and tokens/s to the log row, and report one line."""
             seconds, step, steps = time.monotonic() - self.start, state.global_step, state.max_steps
             rate = step / steps * total_tokens / seconds
             state.log_history[-1].update(seconds=seconds, tokens_per_s=rate)
@@ -890,7 +869,7 @@ def _student_name(value):
 _COUNT, _POSITIVE, _SEED = (int, [0, 10**7]), (int, [1, 10**6]), (int, [0, 2**31 - 1])
 _STUDY, _DOSE = (str, re.compile(r"[A-Za-z0-9][\w.-]{0,60}")), (float, [0.0, 1.0])
 _DATASET, _PROTOCOL = (str, tuple(SIZES)), (str, tuple(PROTOCOLS))
-_STUDENT, _TEXT = (str, _student_name), (str, None)
+_STUDENT, _TEXT, _BOOL = (str, _student_name), (str, None), (bool, None)
 _LIST = (str, lambda v: [_check_value("conditions", c, str, tuple(LAYOUTS)) for c in v.split(",")])
 _COMMON = {"dataset": _DATASET, "study": _STUDY, "seed": _SEED}
 _SPLIT_SIZES = dict.fromkeys(("n_train", "n_validation", "n_test"), _COUNT)
@@ -901,13 +880,13 @@ PARAMETERS = {
         "student": (str, lambda v: v and _student_name(v)), "conditions": _LIST,
         "protocol": _PROTOCOL, "study": (str, re.compile(rf"|{_STUDY[1].pattern}")),
         "seeds": (str, re.compile(r"(\d+(,\d+)*)?"))},
-    "01_decompose_problems": {**_COMMON, **_SPLIT_SIZES,
-                              **dict.fromkeys(("keep_overlap", "keep_no_answer"), (bool, None))},
+    "01_decompose_problems": {**_COMMON, **_SPLIT_SIZES, "keep_overlap": _BOOL,
+                              "keep_no_answer": _BOOL},
     "02_corrupt_traces": {**_COMMON, **_SPLIT_SIZES, "protocol": _PROTOCOL, "conditions": _LIST,
                           "dose": _DOSE, "student": _STUDENT, "max_tokens": _COUNT},
     "03_finetune_student": {
         **_COMMON, "student": _STUDENT, "condition": (str, tuple(LAYOUTS)), "protocol": _PROTOCOL,
-        "dose": _DOSE, "epochs": (int, [0, 100]), "quantize": (bool, None),
+        "dose": _DOSE, "epochs": (int, [0, 100]), "quantize": _BOOL,
         "learning_rate": (float, [1e-8, 1.0]), "lora_dropout": (float, [0.0, 0.9]),
         **dict.fromkeys(("batch_size", "lora_rank", "lora_alpha", "max_new_tokens",
                          "checkpoint_steps"), _POSITIVE)},
