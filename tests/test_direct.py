@@ -82,7 +82,7 @@ def test_both_are_untrained_wherever_it_matters(outside_root):
         assert (found is not None) is (condition in tk.UNTRAINED)
     study = notebook_functions("00_run_study")
     study.of_run.__globals__.update(chosen=study.PROFILES["laptop"])
-    assert [study.of_run(c) for c in (*tk.UNTRAINED, "correct")] == [
+    assert [study.of_run(c, "babi") for c in (*tk.UNTRAINED, "correct")] == [
         {"max_new_tokens": 64}, {"max_new_tokens": 64}, {}]
 
 

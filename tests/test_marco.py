@@ -169,6 +169,9 @@ def item(*answers):
                       label="NUMERIC", gold_facts=("f",), answers=answers)
 
 
+rouge_l = notebook_functions("03_finetune_student").rouge_l
+
+
 def scored(text, *answers):
     return tk.score(tk.parse_output(text, item(*answers)), item(*answers))
 
@@ -182,9 +185,10 @@ def scored(text, *answers):
     ("<answer>A; b, d!</answer>", 1.0, 1.0, True), ("<answer>A; b, d!", 1.0, 1.0, True),
     ("<answer>[a] b (d)", 1.0, 1.0, True)])
 def test_scores_by_hand(output, f1, rouge, exact):
-    row = scored(output, "x y", "a b d")
+    row, e = scored(output, "x y", "a b d"), item("x y", "a b d")
+    said = "; ".join(tk.parse_output(output, e).answers or ())
     assert row["answer_f1"] == pytest.approx(f1)
-    assert row["answer_rouge_l"] == pytest.approx(rouge)
+    assert rouge_l(said, e.answers) == pytest.approx(rouge)
     assert row["answer_exact"] is exact and row["answer_ok"] is (f1 >= 0.5)
 
 
@@ -193,12 +197,7 @@ def test_rouge_l_is_the_librarys_best_over_references():
     scorer, said = RougeScorer(["rougeL"]), "The price of 1,000 shares was $5 in May"
     gold = ["In May the price was 5 dollars", "1,000 shares", "shares of May"]
     best = max(scorer.score(g, said)["rougeL"].fmeasure for g in gold)
-    assert 0 < tk.rouge_l(said, gold) == best < 1
-
-
-def test_other_datasets_have_no_rouge(example):
-    assert "answer_rouge_l" not in tk.score(tk.parse_output("<answer>a</answer>", example),
-                                            example)
+    assert 0 < rouge_l(said, gold) == best < 1
 
 
 CONTENT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30).filter(tk.normalise)
@@ -268,7 +267,7 @@ def test_every_trace_and_the_first_reference_come_back(real, corrupter, conditio
         assert (parsed.trace, parsed.answers) == (trace, e.answers[:1]), e.id
         row = tk.score(parsed, e, layout)
         assert row["answer_ok"] is row["answer_exact"] is True, e.id
-        assert row["answer_rouge_l"] == row["answer_f1"] == 1.0, e.id
+        assert rouge_l(parsed.answers[0], e.answers) == row["answer_f1"] == 1.0, e.id
         if condition in ("correct", "incorrect"):
             assert row["trace_ok"] is row["facts_ok"] is (condition == "correct"), e.id
 
