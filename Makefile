@@ -23,23 +23,20 @@ study: venv
 test: venv
 	$(PY) -m pytest -q tests
 
-# every committed figure from data/results/, without a student or raw data
+# every figure from data/results/, without student or raw data, two notebooks at a time; a line
+# for each kind of file: the notebook that draws it, its output and parameters (0: what is saved)
 figures: venv
 	@mkdir -p data/runs
-	@for study in $$(cd data/results && ls -d */ | tr -d /); do \
-	  [ -z "$$(ls data/results/$$study/*/metrics.json 2>/dev/null)" ] || \
-	  $(RUN) notebooks/04_analyse_disconnect.ipynb data/runs/04-$$study.ipynb \
-	    -p study $$study || exit 1; done
-	@for dataset in cotempqa babi; do \
-	  [ ! -f data/results/reaudit/$$dataset.json ] || TRACEKD_DATA_DIR= \
-	  $(RUN) notebooks/05_reaudit_published.ipynb data/runs/05-$$dataset.ipynb \
-	    -p dataset $$dataset || exit 1; done
-	@for file in data/results/*/*/interventions.json; do run=$$(dirname $$file); \
-	  $(RUN) notebooks/06_intervene_on_traces.ipynb data/runs/06-$$(basename $$run).ipynb \
-	    -p run_id $$(basename $$run) -p study $$(basename $$(dirname $$run)) || exit 1; done
-	@for file in data/results/stress/*.json; do source=$$(basename $$file .json); \
-	  TRACEKD_DATA_DIR= $(RUN) notebooks/08_stress_the_parser.ipynb data/runs/08-$$source.ipynb \
-	    -p source $$(echo $$source | sed s,published-,published/,) || exit 1; done
+	@find data/results -name '*.json' | sed -n -e 's,^data/results/,,' \
+	  -e 's,^\(.*\)/.*/metrics\.json,04_analyse_disconnect 04-\1 -r study \1,p' \
+	  -e 's,^reaudit/\([a-z]*\)\.json,05_reaudit_published 05-\1 -r dataset \1,p' \
+	  -e 's,^\(.*\)/\(.*\)/interventions\.json,06_intervene_on_traces 06-\2 -r study \1 -r run_id \2,p' \
+	  -e 's,^calibration/calibration\.json,07_calibrate_instrument 07 -p n_studies 0,p' \
+	  -e 's,^stress/\(.*\)\.json,08_stress_the_parser 08-\1 -p n_outputs 0 -r source \1,p' \
+	  -e 's,^\(.*\)/speed\.json,90_benchmark_speed 90-\1 -p repeats 0 -r study \1,p' | sort -u | sed \
+	  -e 's,source published-,source published/,' \
+	  -e 's,\([^ ]*\) \([^ ]*\),notebooks/\1.ipynb data/runs/\2.ipynb,' | \
+	  TRACEKD_DATA_DIR= OMP_NUM_THREADS=1 MPLBACKEND=agg xargs -L 1 -P 2 $(RUN)
 
 # every notebook again from its own defaults, in reading order, in place
 notebooks: venv

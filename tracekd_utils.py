@@ -863,14 +863,15 @@ PARAMETERS = {
     "06_intervene_on_traces": {
         "study": _STUDY, "run_id": (str, re.compile(r"[\w.-]{0,200}")), "n_items": _COUNT,
         "seed": _SEED, "batch_size": _POSITIVE, "max_new_tokens": _POSITIVE},
-    "07_calibrate_instrument": {"n_studies": (int, [100, 10**6]), "n_items": (int, [100, 10**5]),
-                                "seed": _SEED},
+    "07_calibrate_instrument": {  # 0 in 07, 08 and 90: what is saved is drawn again
+        "n_studies": (int, lambda v: v and _check_value("n_studies", v, int, [100, 10**6])),
+        "n_items": (int, [100, 10**5]), "seed": _SEED},
     "08_stress_the_parser": {"source": (str, re.compile(rf"(published/)?{_STUDY[1].pattern}")),
-                             "n_outputs": _POSITIVE, "seed": _SEED},
+                             "n_outputs": _COUNT, "seed": _SEED},
     "90_benchmark_speed": {
         "dataset": (str, ("microworld", "cotempqa")), "study": _STUDY, "student": _STUDENT,
-        "seed": _SEED, "adapter_run": _TEXT,
-        **dict.fromkeys(("tokens", "batch_size", "steps", "repeats"), _POSITIVE)}}
+        "seed": _SEED, "adapter_run": _TEXT, "repeats": _COUNT,
+        **dict.fromkeys(("tokens", "batch_size", "steps"), _POSITIVE)}}
 
 def _check_value(name: str, value, kind: type, allowed):
     """Return the value in its type, or raise `ValueError` naming the parameter."""

@@ -2,13 +2,14 @@
 import dataclasses
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import tracekd_utils as tk
-from conftest import notebook_functions, papermill
+from conftest import make_workspace, notebook_functions, papermill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -207,9 +208,16 @@ def test_released_scoring_by_hand(nb, example, text, answer, trace):
         "answer_ok": answer, "trace_ok": trace}
 
 
-def test_the_notebook_leaves_what_the_contract_promises(nb, workspace):
+@pytest.fixture(scope="module")
+def simulated(workspace):
+    """The workspace after a small simulation."""
     done = papermill(workspace, NAME, "-p", "n_studies", "100", "-p", "n_items", "300")
     assert done.returncode == 0, done.stderr[-3000:]
+    return workspace
+
+
+def test_the_notebook_leaves_what_the_contract_promises(nb, simulated):
+    workspace = simulated
     result = json.loads(
         (workspace / "data/results/calibration/calibration.json").read_text())
     assert result["n_studies"] == 100
@@ -232,7 +240,20 @@ def test_the_notebook_leaves_what_the_contract_promises(nb, workspace):
             assert (workspace / f"figures/calibration/07_{name}.{kind}").stat().st_size
 
 
-def test_a_wrong_parameter_ends_before_anything_is_simulated(workspace):
-    done = papermill(workspace, NAME, "-p", "n_studies", "5")
-    assert done.returncode
-    assert "n_studies" in done.stderr and "out of range" in done.stderr
+def test_saved_studies_are_drawn_again_in_the_same_bytes(simulated):
+    """Of 300 items, although the parameters' defaults are others."""
+    saved = simulated / "data/results/calibration/calibration.json"
+    figures = sorted((simulated / "figures/calibration").iterdir())
+    before = {p: p.read_bytes() for p in (saved, *figures)}
+    for path in figures:
+        path.unlink()
+    done = papermill(simulated, NAME, "-p", "n_studies", "0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(figures) == 12 and {p: p.read_bytes() for p in before} == before
+
+
+@pytest.mark.parametrize("n, message", [(5, "n_studies.*out of range"), (
+    0, "calibration.json is missing.*n_studies of 100 or more")])
+def test_a_wrong_number_of_studies_ends_before_anything_is_simulated(tmp_path, n, message):
+    done = papermill(make_workspace(tmp_path / "copy"), NAME, "-p", "n_studies", str(n))
+    assert done.returncode and re.search(message, done.stderr, re.DOTALL)

@@ -19,16 +19,22 @@ def percent(value):
     return "–" if value is None else f"{100 * value:.1f}%"
 
 
+def arm(p):
+    """Condition, with the dose and the protocol where they are not the usual ones."""
+    return (f"`{p['condition']}`" + ("" if p["dose"] == 1 else f" {p['dose']:.0%}")
+            + ("" if p["protocol"] == "controlled" else f", {p['protocol']}"))
+
+
 def test_every_row_of_the_result_table_is_a_committed_run():
     runs = {}
     for path in sorted((ROOT / "data/results").glob("*/*/metrics.json")):
         m = json.loads(path.read_text())
         p = m["parameters"]
-        runs[p["dataset"], f"`{p['condition']}`"] = m
+        runs[p["dataset"], arm(p), str(p["seed"])] = m
     rows = table("results")
-    assert {tuple(r[:2]) for r in rows} == set(runs)
-    for dataset, condition, n, answer, label, facts, trace, cells, command in rows:
-        m = runs[dataset, condition]
+    assert len(rows) == len(runs) and {tuple(r[:3]) for r in rows} == set(runs)
+    for dataset, condition, seed, n, answer, label, facts, trace, cells, command in rows:
+        m = runs[dataset, condition, seed]
         right = tk.proportion(round(m["answer_ok"] * m["n_test"]), m["n_test"])
         assert n == str(m["n_test"])
         assert answer == (f"{percent(right['estimate'])} ({percent(right['low'])}–"
@@ -37,7 +43,7 @@ def test_every_row_of_the_result_table_is_a_committed_run():
                                          for k in ("label", "facts", "trace")]
         q = m["quadrants"]
         assert cells == (" / ".join(str(q[k]) for k in ("TP", "FP", "FN", "TN")) if q else "–")
-        assert command.startswith("`make study")
+        assert re.match(r"`(make study|03 -p dataset )", command)
 
 
 @pytest.mark.parametrize("dataset", ["cotempqa", "babi"])
@@ -61,11 +67,11 @@ def test_the_intervention_table_is_the_committed_one():
     found = {}
     for path in sorted((ROOT / "data/results").glob("*/*/interventions.json")):
         p = json.loads((path.parent / "metrics.json").read_text())["parameters"]
-        found[p["dataset"], f"`{p['condition']}`"] = json.loads(path.read_text())
+        found[p["dataset"], arm(p), str(p["seed"])] = json.loads(path.read_text())
     rows = table("interventions")
-    assert {tuple(r[:2]) for r in rows} == set(found)
-    for dataset, condition, n, own, flip, follow, n_planted, effect in rows:
-        r = found[dataset, condition]
+    assert {tuple(r[:3]) for r in rows} == set(found)
+    for dataset, condition, seed, n, own, flip, follow, n_planted, effect in rows:
+        r = found[dataset, condition, seed]
         planted, (low, high) = r["arms"]["planted"], r["ate_interval"]
         assert (n, n_planted) == (str(r["n"]), str(planted["n"]))
         assert own == percent(r["own_identical"])
