@@ -424,7 +424,8 @@ def test_02_and_03_run_and_a_killed_sampling_ends_the_same(tmp_path):
     folder = make_workspace(tmp_path)
     tk.write_jsonl(folder / "data/interim/microworld/examples.jsonl", notebook_functions(
         "01_decompose_problems").make_microworld(24, 12, 12))
-    study = ("-p", "study", "paper", "-p", "student", "tiny", "-p", "protocol", "published")
+    study = ("-p", "study", "paper", "-p", "student", "tiny", "-p", "protocol", "published",
+             "-p", "conditions", "correct,incorrect")
     done = papermill(folder, "02_corrupt_traces", *study)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "other gold facts than in controlled: 0 of 48 items" in done.stderr
