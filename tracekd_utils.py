@@ -42,10 +42,9 @@ LABELS = {"microworld": ("person-place", "object-place", "object-holder", "carri
           "marco": ("DESCRIPTION", "NUMERIC", "ENTITY", "LOCATION", "PERSON")}
 SPLITS = ("train", "validation", "test")
 # what a study takes where a notebook's parameter is 0: rows per split, and epochs
-SIZES = {name: dict(zip((*SPLITS, "epochs"), row)) for name, row in (
-    ("microworld", (400, 48, 400, 2)), ("babi", (1200, 48, 600, 1)),
-    ("babi20", (1200, 48, 600, 1)), ("cotempqa", (400, 48, 300, 1)),
-    ("marco", (160, 16, 48, 1)))}
+SIZES = {name: dict(zip((*SPLITS, "epochs"), row)) for name, *row in (
+    ("microworld", 400, 48, 400, 2), ("babi", 1200, 48, 600, 1), ("babi20", 1200, 48, 600, 1),
+    ("cotempqa", 400, 48, 300, 1), ("marco", 160, 16, 48, 1))}
 # conditions, with the place of their trace; 02 holds the registry that builds the traces
 LAYOUTS = {"direct": "before", "vanilla": "none", **dict.fromkeys((
     "correct incorrect wrong_label wrong_facts random_facts rule_wrong wrong_with_answer swapped "
@@ -196,9 +195,8 @@ def render_prompt(example: Example, protocol: str = "controlled", direct: bool =
 
 def render_target(example: Example, trace: Trace | None, protocol: str = "controlled",
                   layout: str = "before") -> str:
-    """Text that the student is trained to write; `trace=None` leaves the answer alone. Several
-    answers are joined by `; `; MARCO's are alternatives, and the first is written. `layout` puts
-    the trace `before` or `after` the answer."""
+    """Text that the student is trained to write: the answers, joined by `; ` (MARCO's are
+    alternatives: the first), and the trace, unless None, `before` or `after` them (`layout`)."""
     _check_value("protocol", protocol, *_PROTOCOL)
     if protocol == "published":  # no tags without a trace; `Trace.text` is a fact that is no list
         answer = {"cotempqa": str([*example.answers]), "marco": example.answers[0]}.get(
@@ -280,10 +278,9 @@ def _span(text: str, tags, answer: bool, problems: list[str]) -> tuple[str | Non
     start = opened[1] if opened else 0
     closed = next((t for t in tags if t[0] >= start and t[3] == answer and t[2]), None)
     other = next((t for t in tags if t[0] >= start and t[3] != answer), None)
-    if opened is None or closed is None:
-        problems.append(f"{kind} tag missing")
-    if sum(t[3] == answer and not t[2] for t in tags) > 1:
-        problems.append(f"{kind} tag repeated")
+    again = sum(t[3] == answer and not t[2] for t in tags) > 1
+    problems += [f"{kind} tag {wrong}" for wrong, found in (
+        ("missing", not (opened and closed)), ("repeated", again)) if found]
     if opened is None and (answer or closed is None):
         return None, -1  # an answer needs its opening tag, a trace one of its two
     end = min((t[0] for t in (closed, other) if t), default=len(text))
@@ -332,14 +329,13 @@ def _python_list(text: str) -> tuple[str, ...]:
 def _exactly_published(text: str, example: Example) -> Parsed | None:
     """What an output says that has the very form of the paper's targets, else None."""
     start, middle, end, last = map(re.escape, _PAPER[example.dataset == "cotempqa"])
-    match = re.fullmatch(f"{start}(.*?){middle}(.*){end}(.*?){last}", text, re.DOTALL)
+    match = re.fullmatch(f"{start}(.*?){middle}(.+){end}(.*?){last}", text, re.DOTALL)
     label, cited, answer = match.groups() if match else ("", "", text)
     facts = _python_list(cited)
     answers = {"cotempqa": _python_list(answer), "marco": (answer,)}.get(
         example.dataset, tuple(answer.split(",")))
     if (_TAG.search(answer) or "\n" in answer or not (answers and all(a.strip() for a in answers))
-            or match and (label not in LABELS[example.dataset]
-                          or not facts and cited[:1] in ("", "["))):
+            or match and (label not in LABELS[example.dataset] or cited[0] == "[" and not facts)):
         return None
     trace, seen = (Trace(label=label, facts=facts, text=None if facts else cited),
                    Trace(label=label, facts=facts or (cited,))) if match else (None, None)
@@ -403,10 +399,9 @@ def _score_answers(answers, example: Example) -> tuple[bool, bool, float]:
     return right, right, 1.0 if right else token_f1(" ".join(answers), " ".join(example.answers))
 
 def score(parsed: Parsed, example: Example, layout: str | None = None) -> dict:
-    """Score trace and answer of one output separately, each against the item's own gold. Fields
-    ending in `_strict` come from the strict reading, the others from the lenient one. `layout` is
-    where the condition puts the trace: with `none` label, facts and trace are None, with `before`
-    or `after` a missing trace is wrong; None takes the output's own layout."""
+    """Score trace and answer of one output, each against the item's own gold, fields in `_strict`
+    by the strict reading, the others by the lenient one. `layout`: where the condition puts the
+    trace (None: as found); with `none` label, facts, trace are None, else a lack is wrong."""
     layout = layout or parsed.layout
     right, exact, f1 = _score_answers(parsed.answers, example)
     ok = not parsed.problems and parsed.layout == layout
@@ -418,10 +413,9 @@ def score(parsed: Parsed, example: Example, layout: str | None = None) -> dict:
     if layout == "none":
         return row
     trace = parsed.reading or parsed.trace or Trace()
-    copied = set(trace.facts) <= set(example.facts)  # then no other fact is looked at
-    story, gold = ({normalise(f) for f in fs} for fs in (
-        () if copied else example.facts, example.gold_facts))
-    cited = {_match_fact(f, story) for f in trace.facts}
+    story = set() if set(trace.facts) <= set(example.facts) else set(map(normalise, example.facts))
+    gold = set(map(normalise, example.gold_facts))
+    cited = {_match_fact(f, story) for f in trace.facts}  # copied facts need no other looked at
     hits, facts_ok = len(cited & gold), parsed.trace is not None and cited == gold
     label_ok = bool(trace.label) and _label_key(trace.label) == _label_key(example.label)
     free = parsed.trace.text if parsed.trace else None
@@ -506,9 +500,8 @@ def _association(tp: int, fp: int, fn: int, tn: int) -> dict:
         "test": {**test, "min_expected": float(expected.min()), "reason": None}}
 
 def _stratified(frame) -> dict:
-    """Cochran-Mantel-Haenszel test and pooled odds ratio, stratified by `label`."""
+    """Cochran-Mantel-Haenszel test and pooled odds ratio over labels without an empty margin."""
     from statsmodels.stats.contingency_tables import StratifiedTable
-    # strata with an empty margin say nothing about the association
     usable = frame.reset_index(drop=True).groupby("label").filter(
         lambda part: part["trace_ok"].nunique() > 1 < part["answer_ok"].nunique())
     if not len(usable):
@@ -522,12 +515,11 @@ def _stratified(frame) -> dict:
             "strata": usable["label"].nunique(), "reason": reason}
 
 def disconnect_statistics(frame) -> dict:
-    """Joint and conditional rates and the association of trace and answer correctness (`frame`: one
-    row an item, `trace_ok`, `answer_ok`, and `label` to stratify by). 95 % intervals: Wilson for
-    shares, Newcombe for the difference of the conditional rates, for phi a percentile bootstrap
-    over items (one half added to each cell), log-normal for the odds ratio; chi-square without
-    Yates' correction, Fisher's exact test below an expected 5. An empty margin gives None and a
-    `reason`. Agresti, Categorical Data Analysis (2013), ch. 2, 3, 6."""
+    """Rates and association of trace and answer correctness (`frame`: one row an item, `trace_ok`,
+    `answer_ok`, `label` to stratify by). 95 % intervals: Wilson for shares, Newcombe for their
+    difference, percentile bootstrap for phi (one half added to each cell), log-normal for the odds
+    ratio; chi-square without Yates' correction, Fisher's exact test below an expected 5. An empty
+    margin gives None and a `reason`. Agresti, Categorical Data Analysis (2013), ch. 2, 3, 6."""
     from statsmodels.stats.proportion import confint_proportions_2indep
     if (cells := quadrants(frame)) is None:
         return {"n": len(frame), "quadrants": None, "reason": "no trace to score"}
@@ -572,10 +564,9 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content']
           "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 def resolve_device() -> dict:
-    """Choose device and dtype, with the reason: {device, dtype, reason}."""
+    """{device, dtype, reason}; a CPU without tile units (AMX) is slower in bf16 than in fp32."""
     import torch
     gpu = torch.cuda.is_available()
-    # a CPU without tile units (AMX) takes longer for bf16 products than for fp32 ones
     fast = torch.cuda.is_bf16_supported() if gpu else torch.cpu._is_amx_tile_supported()
     where, slow = (("a GPU was found, it", torch.float16) if gpu else
                    ("no GPU found; this CPU", torch.float32))
@@ -627,8 +618,7 @@ def _smollm2(folder: Path) -> None:
 
 def fetch(repo: str, kind: str, pin: str, patterns: list[str], instead: str) -> Path:
     """Folder with files of a hub repository (`kind`: model, dataset), hashes checked, at the commit
-    that `pin` begins, else the newest of the first call (recorded in data/raw/hub). A failure
-    raises one `RuntimeError` that says what to do, or `instead`."""
+    that `pin` begins, else the first call's newest (data/raw/hub). `RuntimeError` has advice."""
     from huggingface_hub import HfApi, errors, is_offline_mode, snapshot_download
     record = RAW / "hub" / f"{kind}--{repo.replace('/', '--')}"
     known = record.read_text() if record.exists() else ""  # written when all was verified
@@ -661,7 +651,6 @@ def student_folder(name: str) -> str:
         return name if Path(name).is_dir() else str(fetch(name, "model", PINS.get(name, ""), [
             "*.json", "*.safetensors", "*.jinja", "*.txt"], "give a local folder as student"))
     folder = RAW / "students" / name
-    folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not (folder / "complete").exists():
             {"tiny": _tiny, "smollm2-135m": _smollm2}[name](folder)
@@ -743,18 +732,9 @@ def _progress(total_tokens: int, report):
                        f"ETA {seconds / max(step, 1) * (steps - step):.0f} s")
     return Progress()
 
-def _prepare(model) -> None:
-    """Keep bitsandbytes from repacking the weights of a student on the CPU for inference, at the
-    first evaluation: the repacked product has no gradient, training would stop learning."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    model.config.use_cache = False
-
 def training_order(lengths: list[int], batch_size: int, epochs: int, seed: int) -> list[int]:
-    """Row indices of all epochs, batches of like length together, fixed by the seed. Shuffled, as
-    sorted batches end every stretch on the shortest rows, and the student leans to their labels.
-    Laid out beforehand: a resumed run sees the batches that it would have seen."""
+    """Row indices of all epochs, rows of like length in a batch, laid out beforehand for a resumed
+    run. Batches are shuffled: sorted ones end on short rows, the student leans to their labels."""
     import torch
     from transformers.trainer_pt_utils import get_length_grouped_indices
     order: list[int] = []
@@ -802,8 +782,7 @@ def finetune(model, tokenizer, rows, run_dir, *, validation=(), seed=0, epochs=2
              warmup=0.1, checkpoint_steps=20, encode_row=encode, report=lambda line: None) -> tuple:
     """QLoRA on `rows` ({prompt, target}): loss where `encode_row` says, LoRA in fp32 on the paper's
     seven projections. Resumes from the last checkpoint, leaves `run_dir/adapter`. Returns log rows
-    (step, loss, eval_loss, seconds, tokens_per_s) and {train_tokens, train_tokens_per_s,
-    train_seconds}."""
+    (step, loss, eval_loss, seconds, tokens_per_s) and train_{tokens, tokens_per_s, seconds}."""
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from peft.helpers import disable_input_dtype_casting
@@ -812,7 +791,10 @@ def finetune(model, tokenizer, rows, run_dir, *, validation=(), seed=0, epochs=2
         tokenizer, r["prompt"], r["target"]))) for r in part] for part in (rows, validation))
     lengths = [len(r["mask"]) for r in train]
     set_seed(seed)
-    _prepare(model)
+    model.config.use_cache = False
+    for module in model.modules():  # at an evaluation bitsandbytes would repack the weights on a
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # CPU for inference: no gradient after it
+            module.support_avx512bf16_for_cpu = False
     model = get_peft_model(model, LoraConfig(
         r=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
         target_modules=PROJECTIONS, task_type="CAUSAL_LM"))
@@ -872,7 +854,7 @@ _DATASET, _PROTOCOL = (str, tuple(SIZES)), (str, tuple(PROTOCOLS))
 _STUDENT, _TEXT, _BOOL = (str, _student_name), (str, None), (bool, None)
 _LIST = (str, lambda v: [_check_value("conditions", c, str, tuple(LAYOUTS)) for c in v.split(",")])
 _COMMON = {"dataset": _DATASET, "study": _STUDY, "seed": _SEED}
-_SPLIT_SIZES = dict.fromkeys(("n_train", "n_validation", "n_test"), _COUNT)
+_ROWS = dict.fromkeys(("n_train", "n_validation", "n_test"), _COUNT)
 # notebook -> parameter -> (type, allowed): None, choices, [low, high], a pattern or a check
 PARAMETERS = {
     "00_run_study": {
@@ -880,9 +862,8 @@ PARAMETERS = {
         "student": (str, lambda v: v and _student_name(v)), "conditions": _LIST,
         "protocol": _PROTOCOL, "study": (str, re.compile(rf"|{_STUDY[1].pattern}")),
         "seeds": (str, re.compile(r"(\d+(,\d+)*)?"))},
-    "01_decompose_problems": {**_COMMON, **_SPLIT_SIZES, "keep_overlap": _BOOL,
-                              "keep_no_answer": _BOOL},
-    "02_corrupt_traces": {**_COMMON, **_SPLIT_SIZES, "protocol": _PROTOCOL, "conditions": _LIST,
+    "01_decompose_problems": {**_COMMON, **_ROWS, "keep_overlap": _BOOL, "keep_no_answer": _BOOL},
+    "02_corrupt_traces": {**_COMMON, **_ROWS, "protocol": _PROTOCOL, "conditions": _LIST,
                           "dose": _DOSE, "student": _STUDENT, "max_tokens": _COUNT},
     "03_finetune_student": {
         **_COMMON, "student": _STUDENT, "condition": (str, tuple(LAYOUTS)), "protocol": _PROTOCOL,
@@ -924,21 +905,16 @@ def _check_value(name: str, value, kind: type, allowed):
         _refuse(f"parameter {name}", value, allowed)
     return value
 
-def _given(values: dict) -> set[str]:
-    """Names that count as given: those of papermill's injected cell in a kernel, else all."""
-    if not isinstance(values.get("In"), list):
-        return {k for k in values if not k.startswith("_")}
-    trees = [ast.parse(c) for c in values["In"] if c.startswith("# Parameters")]
-    return {t.id for tree in trees for node in tree.body if isinstance(node, ast.Assign)
-            for t in node.targets if isinstance(t, ast.Name)}
-
 def check_parameters(notebook: str, values: dict) -> dict:
     """Check all parameters of a notebook in `values` (its `globals()`) and return them, coerced
     values written back. A wrong name, type or value raises `ValueError` naming it."""
-    if notebook not in PARAMETERS:
-        _refuse("notebook", notebook, PARAMETERS)
-    schema = PARAMETERS[notebook]
-    for name in sorted(_given(values) - set(schema)):
+    schema = PARAMETERS[_check_value("notebook", notebook, str, tuple(PARAMETERS))]
+    given = {k for k in values if not k.startswith("_")}
+    if isinstance(values.get("In"), list):  # in a kernel: the names in papermill's injected cell
+        given = {t.id for cell in values["In"] if cell.startswith("# Parameters")
+                 for node in ast.parse(cell).body if isinstance(node, ast.Assign)
+                 for t in node.targets if isinstance(t, ast.Name)}
+    for name in sorted(given - set(schema)):
         _refuse(f"parameter of {notebook}", name, schema)
     if missing := [name for name in schema if name not in values]:
         raise ValueError(f"{notebook}: parameters missing: {', '.join(missing)}")
@@ -955,9 +931,8 @@ def sft_path(dataset: str, protocol: str, condition: str, dose: float, seed: int
     return INTERIM / dataset / "sft" / protocol / f"{condition}-dose{dose:g}-seed{seed}.jsonl"
 
 def resolve_run(parameters: dict, study: str) -> dict:
-    """Identity and folders of a run: run_id, data_hash, run_dir, results_dir, finished, ….
-    `run_id`: slug and hash of parameters and training file. Finished: metrics in a study's results
-    (that folder, else None) and, unless it trains nothing, the adapter in `run_dir`."""
+    """Identity and folders of a run. `run_id`: slug and hash of parameters and training file;
+    `finished`: folder of any study that has its metrics; None, too, where its adapter is gone."""
     p = {**parameters, "epochs": parameters["epochs"] or SIZES[parameters["dataset"]]["epochs"]}
     path = sft_path(*(p[k] for k in ("dataset", "protocol", "condition", "dose", "seed")))
     if not path.exists():
@@ -970,10 +945,9 @@ def resolve_run(parameters: dict, study: str) -> dict:
                      p["protocol"], f"seed{p['seed']}", digest[:8]))
     done = sorted(RESULTS.glob(f"*/{slug}/metrics.json"))
     trained = (RUNS / slug / "adapter" / "adapter_model.safetensors").exists()
-    finished = bool(done) and (p["condition"] in UNTRAINED or trained)
     return {"run_id": slug, "data_hash": data_hash, "parameters": p, "run_dir": RUNS / slug,
-            "results_dir": RESULTS / study / slug, "sft": path,
-            "finished": done[0].parent if finished else None}
+            "results_dir": RESULTS / study / slug, "sft": path, "finished": (
+                done[0].parent if done and (trained or p["condition"] in UNTRAINED) else None)}
 
 def notebook_defaults(name: str) -> dict:
     """Values in the notebook's `parameters` cell."""
@@ -984,8 +958,7 @@ def notebook_defaults(name: str) -> dict:
 def run_notebook(name: str, /, *, on_line=lambda line: None, **parameters) -> Path:
     """Execute a notebook in a process of its own; return the executed notebook's path. `on_line`
     gets each line of output. A failing notebook raises `RuntimeError` with its error."""
-    if name not in PARAMETERS:
-        _refuse("notebook", name, PARAMETERS)
+    _check_value("notebook", name, str, tuple(PARAMETERS))
     values = check_parameters(name, {**notebook_defaults(name), **parameters})
     output = RUNS / "notebooks" / values.get("study", "") / f"{name}.ipynb"
     if name == "03_finetune_student":
