@@ -724,6 +724,7 @@ def _progress(total_tokens: int, report):
             self.start = time.monotonic() - max((0.0, *(r["seconds"] for r in state.log_history)))
 
         def on_log(self, args, state, control, logs=None, **kwargs):
+            """Add seconds and tokens/s to the log row, and report one line."""
             seconds, step, steps = time.monotonic() - self.start, state.global_step, state.max_steps
             rate = step / steps * total_tokens / seconds
             state.log_history[-1].update(seconds=seconds, tokens_per_s=rate)
@@ -983,7 +984,7 @@ def use_style() -> None:
     """Seaborn theme of every figure: colour-blind palette, one size, stable SVG ids."""
     import seaborn
     seaborn.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc={
-        "figure.figsize": (7.2, 4.2), "figure.dpi": 100, "savefig.dpi": 150,
+        "figure.figsize": (7.2, 4.2), "figure.dpi": 100, "savefig.dpi": 110,
         "svg.hashsalt": "tracekd", "svg.fonttype": "path", "axes.titlesize": "medium",
         "figure.constrained_layout.use": True})
 
