@@ -2,7 +2,7 @@
 
 | case | dataset (through 01) | student (through `load_student`) |
 |---|---|---|
-| success, recorded, no second request | bAbI, CoTempQA | pinned, unpinned, gated with a token |
+| success, recorded, no second request | bAbI, CoTempQA, MARCO | pinned, unpinned, gated with a token |
 | cut short, resumed with `Range` | bAbI | – |
 | wrong hash, wrong size | both | hash |
 | 404: repository, commit, file | all | repository |
@@ -34,7 +34,8 @@ from huggingface_hub import constants
 
 NB = notebook_functions("01_decompose_problems")
 LLAMA = "meta-llama/Llama-3.2-1B-Instruct"
-BABI, COTEMPQA = f"datasets/{NB.BABI[0]}", f"datasets/{NB.COTEMPQA[0]}"
+DATASETS = {"babi": NB.BABI, "cotempqa": NB.COTEMPQA, "marco": NB.MARCO}
+BABI, COTEMPQA, MARCO = (f"datasets/{repository}" for repository, _ in DATASETS.values())
 # a short pin is completed from the list of commits: neither the newest nor the first
 COMMITS = ["1" * 40, NB.COTEMPQA[1].ljust(40, "0"), "2" * 40]
 
@@ -208,6 +209,19 @@ def cotempqa(hub, monkeypatch):
     return hub
 
 
+@pytest.fixture
+def marco(hub, data_dir):
+    """The hub with four records of MARCO's validation part, and a part for training."""
+    from datasets import Dataset
+    lines = (data_dir / "msmarco/sample_v2.1.jsonl").read_text().splitlines()
+    buffer = io.BytesIO()
+    Dataset.from_list([*map(json.loads, lines[:2] + lines[-2:])]).to_parquet(buffer)
+    hub.repositories[MARCO] = {NB.MARCO_PART: buffer.getvalue(),
+                               "v2.1/train-00000-of-00007.parquet": b"large"}
+    hub.commits[MARCO] = [NB.MARCO[1]]
+    return hub
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     """Files of a tiny Llama."""
@@ -257,6 +271,18 @@ def test_the_real_babi_comes_back_through_the_hubs_table(babi, data_dir):
     found = NB.parse_babi(NB.raw_folder("babi") / name)
     official = NB.parse_babi(data_dir / "babi/en" / name)
     assert len(found) > 20 and found == official[:len(found)]
+
+
+def test_marco_arrives_once_record_by_record(marco, data_dir):
+    path = NB.raw_folder("marco") / NB.MARCO_FILE
+    real = (data_dir / "msmarco/sample_v2.1.jsonl").read_text().splitlines()
+    found = tk.read_jsonl(path)
+    assert path == tk.RAW / "msmarco" / NB.MARCO_FILE
+    assert [{k: r[k] for k in found[0]} for r in map(json.loads, real[:2] + real[-2:])] == found
+    assert {"query_id", "query_type", "answers", "passages"} <= set(found[0])
+    assert not [p for _, p, _ in marco.log if "train" in p]
+    marco.log.clear()
+    assert NB.raw_folder("marco") == path.parent and marco.log == []
 
 
 def test_a_short_pin_is_completed_and_recorded(cotempqa, monkeypatch):
@@ -405,9 +431,6 @@ def test_a_folder_with_other_files_is_left_alone(cotempqa):
 
 
 # ------------------------------------------------------------------------------ refusals
-DATASETS = {"babi": NB.BABI, "cotempqa": NB.COTEMPQA}
-
-
 @pytest.mark.parametrize("name", DATASETS)
 def test_a_dataset_that_is_not_there_is_named(hub, name):
     repository, commit = DATASETS[name]
@@ -418,8 +441,8 @@ def test_a_dataset_that_is_not_there_is_named(hub, name):
     assert nothing_in_raw()
 
 
-def test_a_commit_that_is_not_there_is_named(babi, cotempqa):
-    babi.commits[BABI], cotempqa.commits[COTEMPQA] = ["3" * 40], ["3" * 40]
+def test_a_commit_that_is_not_there_is_named(hub, babi, cotempqa, marco):
+    hub.commits = dict.fromkeys(hub.commits, ["3" * 40])
     for name, (repository, commit) in DATASETS.items():
         with pytest.raises(RuntimeError, match=f"{repository} at {commit} .*no such"):
             NB.raw_folder(name)
@@ -458,7 +481,7 @@ def test_without_a_network_the_message_says_what_to_do(hub, monkeypatch, offline
         with pytest.raises(RuntimeError, match=(
                 f"{repository} at .*is there a network.*HF_HUB_OFFLINE=1.*data/README.md")) as e:
             NB.raw_folder(name)
-        assert str(tk.RAW / name) in str(e.value) and "TRACEKD_DATA_DIR" in str(e.value)
+        assert str(tk.RAW) in str(e.value) and "TRACEKD_DATA_DIR" in str(e.value)
     with pytest.raises(RuntimeError, match=f"{LLAMA} at .*network.*local folder as student"):
         tk.load_student(LLAMA)
     assert nothing_in_raw() and hub.log == []

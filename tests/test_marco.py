@@ -298,24 +298,24 @@ def test_the_folder_comes_from_the_environment_then_from_raw(tmp_path, monkeypat
 
 
 def test_a_download_can_be_read(tmp_path, monkeypatch):
-    import huggingface_hub
     from datasets import Dataset
     rows = [record(k) for k in range(1, 9)] + [record(9, answers=[NONE])]
-    Dataset.from_list(rows).to_parquet(tmp_path / "part.parquet")
+    (tmp_path / "v2.1").mkdir()
+    Dataset.from_list(rows).to_parquet(tmp_path / NB.MARCO_PART)
 
-    def fetch(repo, name, repo_type, revision):
-        assert (repo, repo_type, len(revision)) == ("microsoft/ms_marco", "dataset", 40)
-        assert name.startswith("v2.1/") and name.endswith(".parquet")
-        return str(tmp_path / "part.parquet")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    def fetch(repo, kind, pin, patterns, instead):
+        assert (repo, kind, len(pin)) == ("microsoft/ms_marco", "dataset", 40)
+        assert patterns == [NB.MARCO_PART] and instead
+        return tmp_path
+    monkeypatch.setattr(tk, "fetch", fetch)
     monkeypatch.setattr(tk, "RAW", tmp_path / "raw")
     monkeypatch.setenv("TRACEKD_DATA_DIR", "")
     monkeypatch.setitem(NB.download_marco.__globals__, "MARCO_ROWS", 6)
     assert NB.raw_folder("marco") == tmp_path / "raw" / "msmarco"
     written = tk.read_jsonl(tmp_path / "raw/msmarco" / NB.MARCO_FILE)
     assert written == rows[:6] + rows[8:]
-    (tmp_path / "part.parquet").write_bytes(b"no parquet")
-    with pytest.raises(RuntimeError, match=r"MARCO.*hub.*sample_v2\.1.*TRACEKD_DATA_DIR"):
+    (tmp_path / NB.MARCO_PART).write_bytes(b"no parquet")
+    with pytest.raises(RuntimeError, match=r"microsoft/ms_marco.*sample_v2\.1.*TRACEKD_DATA_DIR"):
         NB.download_marco(tmp_path / "again")
     assert not (tmp_path / "again").exists()
 

@@ -21,7 +21,9 @@ BOTH = pytest.mark.parametrize("family", sorted(FAMILIES))
 PATHS = {
     "prompt": lambda tok, e, target: tk.encode(tok, tk.render_prompt(e), target),
     "chat": lambda tok, e, target: tk.encode(tok, tk.render_prompt(e, direct=True), target,
-                                             direct=True)}
+                                             direct=True),
+    "published": lambda tok, e, target: tk.encode(
+        tok, tk.render_prompt(e, "published"), target, True, "You are an AI assistant.")}
 EVERY_PATH = pytest.mark.parametrize("path", PATHS)
 
 
@@ -117,6 +119,8 @@ def test_llama_reads_one_begin_of_text(loaded, rows, path):
         ids, mask = PATHS[path](tokenizer, r["example"], r["target"])
         assert prompt.count(begin) == ids.count(begin) == 1 and prompt[0] == begin == ids[0]
         assert ids[-1] == tokenizer.convert_tokens_to_ids("<|eot_id|>") and mask[-1]
+        day = "Today is 26 Jul 2024." if path != "prompt" else ""  # not the day of the run
+        assert day in tokenizer.decode(prompt)
 
 
 @BOTH
