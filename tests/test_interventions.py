@@ -460,7 +460,9 @@ def test_a_student_that_cannot_use_its_trace(tmp_path, microworld, corrupter):
     assert found["early_answering"] == [[c / 100, 1.0] for c in nb.CUTS]
     right = [answers == ("office",) for answers in gold]
     assert 0 < sum(right) < 12
-    rows = pd.DataFrame(tk.read_jsonl(results / "interventions.jsonl"))
+    lines = tk.read_jsonl(results / "interventions.jsonl")
+    assert len(lines) == 12 and nb.fold(nb.unfold(lines)) == lines
+    rows = pd.DataFrame(nb.unfold(lines))
     assert set(found["arms"]) == set(nb.ARMS) == set(rows["arm"])
     for arm, m in found["arms"].items():
         assert set(m) == {"n", "answer_ok", "flip_rate", "follow_rate", "logprob_gold",

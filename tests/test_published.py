@@ -369,12 +369,13 @@ def test_the_loss_on_all_tokens_is_the_librarys(plain, rows):
     model, tokenizer = plain
     batch = tk.collate([dict(zip(("input_ids", "mask"), trainer.encode_row(
         tokenizer, r["prompt"], r["target"]))) for r in rows[:5]], tokenizer.pad_token_id)
-    lengths = batch["attention_mask"].sum(1)
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    lengths = torch.tensor([len(trainer.encode_row(tokenizer, r["prompt"], r["target"])[0])
+                            for r in rows[:5]])
+    seen = torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]
+    labels = batch["input_ids"].masked_fill(~seen, -100)
     with torch.no_grad():
         ours = model(**batch)
-        whole = model(input_ids=batch["input_ids"], labels=labels,
-                      attention_mask=batch["attention_mask"])
+        whole = model(input_ids=batch["input_ids"], labels=labels, attention_mask=seen.long())
     assert len(set(lengths.tolist())) > 1
     assert batch["shift_labels"].numel() == int((lengths - 1).sum())
     assert ours.loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)

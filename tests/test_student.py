@@ -81,12 +81,16 @@ def test_the_loss_sees_exactly_completion_and_end(plain, rows, direct):
 
 def test_our_loss_is_the_librarys(plain, rows):
     model, tokenizer = plain
-    batch = tk.collate([dict(zip(("input_ids", "mask"), tk.encode(
-        tokenizer, r["prompt"], r["target"]))) for r in rows[:6]], tokenizer.pad_token_id)
+    coded = [dict(zip(("input_ids", "mask"), tk.encode(tokenizer, r["prompt"], r["target"])))
+             for r in rows[:6]]
+    batch = tk.collate(coded, tokenizer.pad_token_id)
+    lengths = torch.tensor([len(c["mask"]) for c in coded])
+    seen = torch.arange(int(lengths.max())) < lengths[:, None]
+    assert not seen.all()  # some rows are padded, and ours has no mask that hides it
     with torch.no_grad():
         ours = model(**batch)
         whole = model(input_ids=batch["input_ids"], labels=batch["labels"],
-                      attention_mask=batch["attention_mask"])
+                      attention_mask=seen.long())
     count = int((batch["labels"] != -100).sum())
     assert ours.logits.shape[-2] == batch["shift_labels"].numel() == count
     assert ours.loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)
@@ -121,6 +125,32 @@ def finetune(rows, folder, validation=(), report=lambda line: None, dropout=0.05
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_fused_adapters_give_the_librarys_output_and_gradients(rows, dropout):
+    from peft import LoraConfig, get_peft_model
+    model, tokenizer = tk.load_student("tiny")
+    model = get_peft_model(model.train(), LoraConfig(
+        r=4, lora_alpha=6, lora_dropout=dropout, target_modules=tk.PROJECTIONS))
+    ids = torch.tensor([tk.encode(tokenizer, rows[0]["prompt"])])
+    weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    generator = torch.Generator().manual_seed(0)
+    for p in weights.values():  # a B matrix that starts at zero would hide the adapter
+        p.data = torch.randn(p.shape, generator=generator) / 10
+    found = []
+    for prepare in (lambda model: None, tk._prepare):
+        prepare(model)
+        torch.manual_seed(0)  # dropout draws the same
+        out = model(ids).logits
+        found.append((out.detach(), *torch.autograd.grad(out.square().mean(), weights.values())))
+    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+    assert len(layers) == 2 * len(tk.PROJECTIONS) and all(m.lora_variant for m in layers)
+    assert len(found[0]) == 1 + 2 * len(layers) and all(t.abs().max() > 0 for t in found[0])
+    for own, fused in zip(*found):
+        assert torch.allclose(own, fused, rtol=1e-4, atol=1e-6)
+    with torch.no_grad(), model.disable_adapter():
+        assert not torch.allclose(model(ids).logits, found[0][0], rtol=1e-2, atol=1e-3)
 
 
 @pytest.fixture(scope="module")
