@@ -292,7 +292,7 @@ def keywords_in_use():
 
 @pytest.mark.parametrize("name", [
     "TrainingArguments", "Trainer", "LoraConfig", "BitsAndBytesConfig", "GgufConfig",
-    "LlamaConfig", "PreTrainedTokenizerFast", "pad_sequence",
+    "LlamaConfig", "PreTrainedTokenizerFast",
     "proportion_confint", "confint_proportions_2indep", "Table2x2"])
 def test_third_party_callables_take_our_keywords(name):
     ((module, _), keywords), = [(k, v) for k, v in keywords_in_use().items() if k[1] == name]
