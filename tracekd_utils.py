@@ -497,6 +497,7 @@ def _association(tp: int, fp: int, fn: int, tn: int) -> dict:
         "odds_ratio": _estimate(odds.oddsratio, *odds.oddsratio_confint(), n, note),
         "test": {**test, "min_expected": float(expected.min()), "reason": None}}
 
+@np.errstate(divide="ignore", invalid="ignore")  # a pooled odds ratio may be infinite
 def _stratified(frame) -> dict:
     """Cochran-Mantel-Haenszel test and pooled odds ratio over labels without an empty margin."""
     from statsmodels.stats.contingency_tables import StratifiedTable
@@ -508,9 +509,8 @@ def _stratified(frame) -> dict:
     result = StratifiedTable.from_data("trace_ok", "answer_ok", "label", usable)
     odds = float(result.oddsratio_pooled)
     reason = None if np.isfinite(odds) else "pooled odds ratio is infinite"
-    return {"odds_ratio": None if reason else odds,
-            "p": float(result.test_null_odds(correction=False).pvalue),
-            "strata": usable["label"].nunique(), "reason": reason}
+    return {"odds_ratio": None if reason else odds, "strata": usable["label"].nunique(),
+            "p": float(result.test_null_odds(correction=False).pvalue), "reason": reason}
 
 def disconnect_statistics(frame) -> dict:
     """Rates and association of trace and answer correctness (`frame`: one row an item, `trace_ok`,

@@ -113,6 +113,7 @@ def test_strata_are_those_of_the_library_and_empty_ones_are_left_out():
     assert out["p"] == pytest.approx(reference.test_null_odds(correction=False).pvalue)
 
 
+@pytest.mark.filterwarnings("error")  # a warning would carry a path into the notebooks
 def test_an_infinite_pooled_odds_ratio_is_null_with_a_reason():
     out = tk.disconnect_statistics(frame(5, 0, 0, 5))
     assert out["by_label"]["odds_ratio"] is None and out["by_label"]["reason"]
