@@ -720,6 +720,7 @@ def _progress(total_tokens: int, report):
             self.start = time.monotonic() - max((0.0, *(r["seconds"] for r in state.log_history)))
 
         def on_log(self, args, state, control, logs=None, **kwargs):
+            """Add seconds and tokens/s to the log row, and report one line."""
             seconds, step, steps = time.monotonic() - self.start, state.global_step, state.max_steps
             rate = step / steps * total_tokens / seconds
             state.log_history[-1].update(seconds=seconds, tokens_per_s=rate)
@@ -749,12 +750,11 @@ def _arguments(run_dir, steps: int, evaluate: bool, **options):
     gpu, dtype = resolve_device()["device"] == "cuda", resolve_device()["dtype"]
     return TrainingArguments(output_dir=str(Path(run_dir) / "checkpoints"), num_train_epochs=1,
         lr_scheduler_type="cosine", train_sampling_strategy="sequential", use_cpu=not gpu,
-        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
+        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, disable_tqdm=True,
         optim="paged_adamw_8bit" if gpu else "adamw_torch", logging_steps=max(1, steps // 30),
         activation_checkpointing=gpu, eval_steps=max(1, steps // 4),  # 16 x 1,024 tokens in 24 GB
         eval_strategy="steps" if evaluate else "no", save_total_limit=2, prediction_loss_only=True,
-        remove_unused_columns=False, report_to="none", disable_tqdm=True,
-        dataloader_pin_memory=False, **options)
+        remove_unused_columns=False, report_to="none", dataloader_pin_memory=False, **options)
 
 def _last_checkpoint(folder: Path, report) -> str | None:
     """Newest whole checkpoint; one with a missing file, or one cut short, is removed."""
@@ -772,14 +772,14 @@ def _last_checkpoint(folder: Path, report) -> str | None:
     return get_last_checkpoint(folder) if folder.is_dir() else None
 
 def _prepare(model) -> None:
-    """Switch off bitsandbytes' repacking of weights on a CPU at evaluation (no gradient after it),
-    and let LoRA's product add itself to the frozen layer's output: peft's own way makes four more
-    passes over tensors of that size. The same numbers, a fifteenth of a step less on a CPU."""
+    """Fuse LoRA's product with the frozen output, where peft makes four more passes over it, and
+    keep bitsandbytes from repacking CPU weights at an evaluation (no gradient after it)."""
     import torch
     from peft.tuners.lora.layer import LoraVariant
     class Fused(LoraVariant):
         @staticmethod
         def forward(module, active_adapter, x, result, **kwargs):
+            """Frozen output (..., out) + scaling * B A dropout(x), as peft computes it."""
             a, b = (part[active_adapter].weight for part in (module.lora_A, module.lora_B))
             low = module.lora_dropout[active_adapter](x).flatten(0, -2) @ a.T
             return torch.addmm(result.flatten(0, -2), low, b.T, alpha=module.scaling[
