@@ -105,11 +105,11 @@ def write_json(path: str | Path, value) -> Path:
     """Write `value` as indented JSON; NaN is refused, since JSON has none."""
     return write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
-def write_jsonl(path: str | Path, rows) -> Path:
+def write_jsonl(path: str | Path, rows, separators=None) -> Path:
     """Write dictionaries or dataclasses, one JSON object a line, all or nothing."""
     rows = (dataclasses.asdict(r) if dataclasses.is_dataclass(r) else r for r in rows)
-    return write_atomic(path, "".join(
-        json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in rows))
+    return write_atomic(path, "".join(json.dumps(
+        r, ensure_ascii=False, allow_nan=False, separators=separators) + "\n" for r in rows))
 
 def read_jsonl(path: str | Path) -> list[dict]:
     """Read JSON lines; an error names the file, the line and what was found there."""
@@ -984,7 +984,7 @@ def use_style() -> None:
     """Seaborn theme of every figure: colour-blind palette, one size, stable SVG ids."""
     import seaborn
     seaborn.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc={
-        "figure.figsize": (7.2, 4.2), "figure.dpi": 100, "savefig.dpi": 110,
+        "figure.figsize": (7.2, 4.2), "figure.dpi": 100, "savefig.dpi": 80,
         "svg.hashsalt": "tracekd", "svg.fonttype": "path", "axes.titlesize": "medium",
         "figure.constrained_layout.use": True})
 
