@@ -106,7 +106,7 @@ def write_json(path: str | Path, value) -> Path:
     return write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 def write_jsonl(path: str | Path, rows, separators=None) -> Path:
-    """Write dictionaries or dataclasses, one JSON object a line, all or nothing."""
+    """Write dictionaries or dataclasses, an object a line, all or nothing (json's `separators`)."""
     rows = (dataclasses.asdict(r) if dataclasses.is_dataclass(r) else r for r in rows)
     return write_atomic(path, "".join(json.dumps(
         r, ensure_ascii=False, allow_nan=False, separators=separators) + "\n" for r in rows))

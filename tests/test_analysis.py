@@ -1,6 +1,7 @@
 """04: names of arms, comparisons over items and over seeds, equivalence; by hand."""
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -26,6 +27,32 @@ def test_an_arm_is_named_by_condition_dose_and_what_varies(analyse):
     assert analyse.arm_of(p, []) == "incorrect"
     assert analyse.arm_of({**p, "dose": 0.25}, []) == "incorrect, 25% of rows"
     assert analyse.arm_of(p, ["student"]) == "incorrect, Qwen3-1.7B"
+
+
+def test_answers_are_split_by_what_the_corruption_could_change(analyse, monkeypatch):
+    def run(arm, right):
+        return SimpleNamespace(arm=arm, seed=0, frame=pd.DataFrame(
+            {"id": list("abcd"), "answer_ok": [c == "1" for c in right]}))
+    monkeypatch.setitem(analyse.apart.__globals__, "runs", [
+        run("correct", "1101"), run("masked", "0111"), run("vanilla", "1111")])
+    found = {(r["arm"], r["its items"]): (r["estimate"], r["n"])
+             for r in analyse.apart("masked", ["d"])}
+    assert found == {("correct", "changed"): (2 / 3, 3), ("correct", "unchanged"): (1.0, 1),
+                     ("masked", "changed"): (2 / 3, 3), ("masked", "unchanged"): (1.0, 1)}
+
+
+@pytest.mark.parametrize("study", ["babi", "laptop"])
+def test_unchanged_items_are_listed_for_the_conditions_that_have_some(study):
+    folder = tk.ROOT / "data/results" / study
+    checks = json.loads((folder / "manipulation_checks.json").read_text())
+    listed = {c: v["unchanged_test_ids"] for c, v in checks["conditions"].items()
+              if "unchanged_test_ids" in v}
+    assert set(listed) == {"masked", "wrong_with_answer"} == {
+        c for c, v in checks["conditions"].items() if v.get("applies", 1) < 1}
+    tested = {r["id"] for p in folder.glob("*-correct-*/predictions.jsonl")
+              for r in tk.read_jsonl(p)}
+    for ids in listed.values():
+        assert 0 < len(ids) == len(set(ids)) < len(tested) and set(ids) < tested
 
 
 def test_a_comparison_is_paired_by_id_whatever_the_order(analyse):
