@@ -985,7 +985,7 @@ def use_style() -> None:
     import seaborn
     seaborn.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc={
         "figure.figsize": (7.2, 4.2), "figure.dpi": 100, "savefig.dpi": 80,
-        "svg.hashsalt": "tracekd", "svg.fonttype": "path", "axes.titlesize": "medium",
+        "svg.hashsalt": "tracekd", "svg.fonttype": "none", "axes.titlesize": "medium",
         "figure.constrained_layout.use": True})
 
 def save_figure(fig, name: str, data) -> list[Path]:

@@ -2,9 +2,11 @@
 import json
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tracekd_utils as tk
+from conftest import notebook_functions
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -185,3 +187,17 @@ def test_speed_of_parsing_and_scoring(corrupter, microworld, record_property):
     record_property("outputs_per_second", round(rate))
     print(f"{rate:.0f} outputs/s")
     assert rate >= 5_000
+
+
+@pytest.mark.parametrize("text, layout, expected", [
+    ("ab<think>cde</think><answer>f</answer>", "before", 20),   # through the closing tag
+    ("<answer>f</answer><think>cde</think>", "after", 18),      # the answer is no trace
+    ("<answer>f</answer>", "none", None),
+    ("<think>never closed", "before", 19),                      # all that was written
+    ("<think>no answer before</think>", "after", 0),
+])
+def test_tokens_of_a_trace_leave_out_an_answer_before_it(text, layout, expected, monkeypatch):
+    student = notebook_functions("03_finetune_student")
+    letters = SimpleNamespace(decode="".join)  # a token is a letter
+    monkeypatch.setitem(student.trace_tokens.__globals__, "tokenizer", letters)
+    assert student.trace_tokens(list(text), layout) == expected
