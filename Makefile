@@ -40,7 +40,7 @@ figures: venv
 
 # every notebook again from its own defaults, in reading order, in place
 notebooks: venv
-	@for n in 01 02 03 04 00 05 06 07 08; do f=$$(ls notebooks/$${n}_*.ipynb 2>/dev/null) || continue; \
+	@for n in 01 02 03 04 00 05 06 07 08 90; do f=$$(ls notebooks/$${n}_*.ipynb 2>/dev/null) || continue; \
 	  echo $$f; $(RUN) $$f $$f || exit 1; done
 
 lab: venv
