@@ -700,8 +700,7 @@ def encode(tokenizer, prompt: str, target: str | None = None, direct=False, syst
 def collate(rows: list[dict], pad_id: int) -> dict:
     """Right-pad rows of `input_ids` and `mask` to (batch, length) tensors and ask for completion
     logits only: `logits_to_keep` masks the positions whose next token is in the completion,
-    `shift_labels` (positions,) are those tokens: the model's own loss, there only. An attention
-    mask would hide only what no causal row sees, and cost the kernel its short cut."""
+    `shift_labels` (positions,) are those tokens. An attention mask would only slow the kernel."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
     ids, mask = (pad_sequence([torch.tensor(r[key]) for r in rows], True, value)
@@ -823,9 +822,9 @@ def finetune(model, tokenizer, rows, run_dir, *, validation=(), seed=0, epochs=2
 
 def generate(model, tokenizer, prompts: list[list[int]], *, max_new_tokens=128, batch_size=32,
              seeds=None, on_batch=lambda indices, completions: None) -> list[list[int]]:
-    """Greedy completions of tokenised prompts, ids without end or padding tokens. Prompts are
-    batched by length; `on_batch(indices, completions)` is called after each batch. With `seeds`
-    (one a prompt) each is sampled alone under the student's own settings, by its seed only."""
+    """Greedy completions of tokenised prompts, ids without end or padding. Prompts are batched by
+    length, `on_batch(indices, completions)` is called after each batch. With `seeds` (one a prompt)
+    each is sampled alone under the student's own settings, by its seed only."""
     import torch
     stops = {tokenizer.eos_token_id, *np.ravel(model.generation_config.eos_token_id)} - {None}
     order, done = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i)), {}
@@ -835,9 +834,10 @@ def generate(model, tokenizer, prompts: list[list[int]], *, max_new_tokens=128, 
             torch.manual_seed(seeds[chunk[0]])
         batch = tokenizer.pad({"input_ids": [prompts[i] for i in chunk]}, padding_side="left",
                               return_tensors="pt").to(model.device)
-        with torch.inference_mode():
-            out = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=bool(seeds),
-                                 eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id)
+        out = model.generate(  # a static cache is not copied at each step, chunks stay in the CPU's
+            **batch, max_new_tokens=max_new_tokens, do_sample=bool(seeds), disable_compile=True,
+            cache_implementation="static", prefill_chunk_size=128,
+            eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id)
         for i, row in zip(chunk, out[:, batch["input_ids"].shape[1]:].tolist()):
             done[i] = row[:next((k for k, t in enumerate(row) if t in stops), len(row))]
         on_batch(chunk, [done[i] for i in chunk])
