@@ -84,6 +84,11 @@ def test_both_are_untrained_wherever_it_matters(outside_root):
     study.of_run.__globals__.update(chosen=study.PROFILES["laptop"])
     assert [study.of_run(c, "babi") for c in (*tk.UNTRAINED, "correct")] == [
         {"max_new_tokens": 64}, {"max_new_tokens": 64}, {}]
+    marco = {"max_new_tokens": 448, "batch_size": 4}
+    assert [study.of_run(c, d) for c in ("direct", "correct") for d in ("cotempqa", "marco")] == [
+        {"max_new_tokens": 224}, marco] * 2
+    study.of_run.__globals__.update(chosen=study.PROFILES["paper"])
+    assert study.of_run("correct", "marco") == study.PROFILES["paper"]["run"]
 
 
 def test_a_few_shot_run_trains_nothing(tmp_path):

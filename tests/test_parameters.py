@@ -1,5 +1,6 @@
 """Wrong parameters are refused before anything starts, by every way of starting."""
 import json
+import re
 import subprocess
 import sys
 
@@ -132,5 +133,6 @@ def test_quantize_false_means_false_in_a_real_run(smoke):
     done = papermill(smoke.workspace, RUN, *(
         x for k, v in options.items() for x in ("-p", k, str(v))))
     assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"(\d+) of \1 training targets have more than 8 tokens", done.stderr)
     (path,) = smoke.workspace.glob("data/results/unquantised/*/metrics.json")
     assert json.loads(path.read_text())["parameters"]["quantize"] is False
