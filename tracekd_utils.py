@@ -835,7 +835,7 @@ def generate(model, tokenizer, prompts: list[list[int]], *, max_new_tokens=128, 
         batch = tokenizer.pad({"input_ids": [prompts[i] for i in chunk]}, padding_side="left",
                               return_tensors="pt").to(model.device)
         out = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=bool(seeds),
-            cache_implementation="static", prefill_chunk_size=128,  # half the time: less is copied
+            cache_implementation="static", prefill_chunk_size=128,  # less memory is copied
             eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id, disable_compile=True)
         for i, row in zip(chunk, out[:, batch["input_ids"].shape[1]:].tolist()):
             done[i] = row[:next((k for k, t in enumerate(row) if t in stops), len(row))]
@@ -980,7 +980,7 @@ def run_notebook(name: str, /, *, on_line=lambda line: None, **parameters) -> Pa
 
 # ----------------------------------------------------------------------------- figures
 def use_style() -> None:
-    """Seaborn theme of every figure: colour-blind palette, one size, stable SVG ids, text as text."""
+    """Seaborn theme of all figures: colour-blind palette, one size, stable SVG ids, text as text."""
     import seaborn
     seaborn.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc={
         "figure.figsize": (7.2, 4.2), "figure.dpi": 100, "savefig.dpi": 80,
