@@ -980,7 +980,7 @@ def run_notebook(name: str, /, *, on_line=lambda line: None, **parameters) -> Pa
 
 # ----------------------------------------------------------------------------- figures
 def use_style() -> None:
-    """Seaborn theme of all figures: colour-blind palette, one size, stable SVG ids, text as text."""
+    """Seaborn theme of figures: colour-blind palette, one size, stable SVG ids, text as text."""
     import seaborn
     seaborn.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc={
         "figure.figsize": (7.2, 4.2), "figure.dpi": 100, "savefig.dpi": 80,
