@@ -27,6 +27,17 @@ def test_an_arm_is_named_by_condition_dose_and_what_varies(analyse):
     assert analyse.arm_of(p, []) == "incorrect"
     assert analyse.arm_of({**p, "dose": 0.25}, []) == "incorrect, 25% of rows"
     assert analyse.arm_of(p, ["student"]) == "incorrect, Qwen3-1.7B"
+    assert [analyse.arm_of({**p, "protocol": k}, ["protocol"]) for k in (
+        "controlled", "published")] == ["incorrect", "incorrect, published"]
+
+
+def test_compared_arms_differ_in_their_condition_or_in_their_protocol(analyse):
+    p = {"condition": "correct", "dataset": "babi", "student": "tiny", "protocol": "controlled"}
+    theirs, wrong = {**p, "protocol": "published"}, {"condition": "incorrect"}
+    assert analyse.matched({**p, **wrong}, p) and analyse.matched({**theirs, **wrong}, theirs)
+    assert analyse.matched(theirs, p) and not analyse.matched(p, theirs)
+    assert not analyse.matched({**theirs, **wrong}, p)
+    assert not analyse.matched({**p, **wrong, "student": "other"}, p)
 
 
 def test_answers_are_split_by_what_the_corruption_could_change(analyse, monkeypatch):
