@@ -974,8 +974,7 @@ def run_notebook(name: str, /, *, on_line=lambda line: None, **parameters) -> Pa
             on_line(lines[-1])
     if process.returncode:
         error = filter(re.compile(r"\w*(Error|Exception|Interrupt)\b").match, reversed(lines))
-        reason = next(error, "\n".join(lines[-3:]))
-        raise RuntimeError(f"{name} failed ({output}): {reason}")
+        raise RuntimeError(f"{name} failed ({output}): " + next(error, "\n".join(lines[-3:])))
     return output
 
 # ----------------------------------------------------------------------------- figures
@@ -983,18 +982,19 @@ def use_style() -> None:
     """Seaborn theme of figures: colour-blind palette, one size, stable SVG ids, text as text."""
     import seaborn
     seaborn.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc={
-        "figure.figsize": (7.2, 4.2), "figure.dpi": 100, "savefig.dpi": 80,
-        "svg.hashsalt": "tracekd", "svg.fonttype": "none", "axes.titlesize": "medium",
+        "figure.figsize": (7.2, 4.2), "figure.dpi": 100, "savefig.dpi": 80, "svg.fonttype": "none",
+        "svg.hashsalt": "tracekd", "font.sans-serif": "DejaVu Sans", "axes.titlesize": "medium",
         "figure.constrained_layout.use": True})
 
 def save_figure(fig, name: str, data) -> list[Path]:
     """Write `figures/<name>.svg`, `.png` and the plotted data as `.csv`; return the paths. `name`
     is `<study>/<NN>_<name>`. No dates, no random ids: the same data give the same bytes."""
     from PIL import Image
-    svg, png, small = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    svg, png, small = io.StringIO(), io.BytesIO(), io.BytesIO()
     fig.savefig(svg, format="svg", metadata={"Date": None})
     fig.savefig(png, format="png")  # its 256 main colours look the same in a third of the bytes
     Image.open(png).convert("RGB").quantize(256, dither=0).save(small, "png", optimize=True)
+    short = re.sub(r"([1-9]\d*\.\d\d)\d+(?=[^<>]*>)", r"\1", svg.getvalue())  # of coordinates
     return [write_atomic(FIGURES / f"{name}.{kind}", part) for kind, part in (
-        ("svg", svg.getvalue()), ("png", small.getvalue()), ("csv", data.to_csv(
+        ("svg", short), ("png", small.getvalue()), ("csv", data.to_csv(
             index=False, float_format="%.6g", lineterminator="\n")))]
