@@ -17,8 +17,9 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-import tracekd_utils as tk
 from conftest import ROOT, make_workspace, papermill
+
+import tracekd_utils as tk
 
 GOLDEN = Path(__file__).with_name("golden.json")
 RESULTS = ROOT / "data" / "results"
