@@ -955,113 +955,6 @@ def paired_difference(first: Sequence, second: Sequence) -> dict:
     return found
 
 
-def phi_coefficient(cells: np.ndarray) -> np.ndarray:
-    """Phi coefficient of (..., 4) counts TP, FP, FN, TN; NaN with an empty margin."""
-    a, b, c, d = np.moveaxis(np.asarray(cells, float), -1, 0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return (a * d - b * c) / np.sqrt((a + b) * (c + d) * (a + c) * (b + d))
-
-
-def _association(tp: int, fp: int, fn: int, tn: int) -> dict:
-    """Phi, odds ratio and test of a 2x2 table none of whose margins is empty."""
-    from scipy import stats
-    from statsmodels.stats.contingency_tables import Table2x2
-
-    counts, n = [tp, fp, fn, tn], tp + fp + fn + tn
-    table = np.array([[tp, fn], [fp, tn]])
-    draws = np.random.default_rng(0).multinomial(n, np.add(counts, 0.5) / (n + 2), 4000)
-    low, high = np.nanpercentile(phi_coefficient(draws), [2.5, 97.5])
-    has_empty_cell = bool((table == 0).any())  # Haldane and Anscombe add one half to every cell
-    odds = Table2x2(table + 0.5 * has_empty_cell, shift_zeros=False)
-    note = "one half added, a cell is 0" if has_empty_cell else None
-    statistic, p, _, expected = stats.chi2_contingency(table, correction=False)
-    test = {"name": "chi-square", "statistic": float(statistic), "p": float(p)}
-    if expected.min() < 5:
-        exact = stats.fisher_exact(table)[1]
-        test = {"name": "Fisher exact", "statistic": None, "p": float(exact)}
-    return {
-        "phi": estimate(phi_coefficient(counts), low, high, n),
-        "odds_ratio": estimate(odds.oddsratio, *odds.oddsratio_confint(), n, note),
-        "test": {**test, "min_expected": float(expected.min()), "reason": None},
-    }
-
-
-def stratified_association(frame: pd.DataFrame) -> dict:
-    """Cochran-Mantel-Haenszel test and pooled odds ratio over labels without an empty margin."""
-    from statsmodels.stats.contingency_tables import StratifiedTable
-
-    def is_usable(part: pd.DataFrame) -> bool:
-        return part["trace_ok"].nunique() > 1 and part["answer_ok"].nunique() > 1
-
-    usable = frame.reset_index(drop=True).groupby("label").filter(is_usable)
-    if len(usable) == 0:
-        reason = "no label has both right and wrong traces and answers"
-        return {"odds_ratio": None, "p": None, "strata": 0, "reason": reason}
-    with np.errstate(divide="ignore", invalid="ignore"):  # a pooled odds ratio may be infinite
-        result = StratifiedTable.from_data("trace_ok", "answer_ok", "label", usable)
-        odds = float(result.oddsratio_pooled)
-        p = float(result.test_null_odds(correction=False).pvalue)
-    strata = usable["label"].nunique()
-    if not np.isfinite(odds):
-        reason = "pooled odds ratio is infinite"
-        return {"odds_ratio": None, "p": p, "strata": strata, "reason": reason}
-    return {"odds_ratio": odds, "p": p, "strata": strata, "reason": None}
-
-
-def _one_sided(cells: dict[str, int]) -> str | None:
-    """Why no association is defined: the margin of the table that is empty, or None."""
-    if cells["TP"] + cells["FN"] == 0:
-        return "all traces are wrong"
-    if cells["FP"] + cells["TN"] == 0:
-        return "all traces are right"
-    if cells["TP"] + cells["FP"] == 0:
-        return "all answers are wrong"
-    if cells["FN"] + cells["TN"] == 0:
-        return "all answers are right"
-    return None
-
-
-def disconnect_statistics(frame: pd.DataFrame) -> dict:
-    """Rates and association of trace and answer correctness.
-
-    `frame` has one row an item: `trace_ok`, `answer_ok`, and `label` to stratify by. Intervals of
-    95 %: Wilson for shares, Newcombe for their difference, percentile bootstrap for phi (one half
-    added to each cell), log-normal for the odds ratio. Chi-square without Yates' correction,
-    Fisher's exact test below an expected 5. An empty margin gives None and a `reason`. Agresti,
-    Categorical Data Analysis (2013), chapters 2, 3 and 6.
-    """
-    from statsmodels.stats.proportion import confint_proportions_2indep
-
-    cells = quadrants(frame)
-    if cells is None:
-        return {"n": len(frame), "quadrants": None, "reason": "no trace to score"}
-    n, right, wrong = len(frame), cells["TP"] + cells["FN"], cells["FP"] + cells["TN"]
-    reason = _one_sided(cells)
-    nothing = estimate(None, None, None, n, reason)
-    difference = nothing
-    if right and wrong:
-        value = cells["TP"] / right - cells["FP"] / wrong
-        low, high = confint_proportions_2indep(
-            cells["TP"], right, cells["FP"], wrong, method="newcomb"
-        )
-        difference = estimate(value, low, high, n)
-    no_test = {"name": None, "statistic": None, "p": None, "min_expected": None, "reason": reason}
-    association = {"phi": nothing, "odds_ratio": nothing, "test": no_test}
-    if reason is None:
-        association = _association(**{k.lower(): v for k, v in cells.items()})
-    return {
-        "n": n,
-        "quadrants": cells,
-        "reason": None,
-        "joint": {k: proportion(v, n) for k, v in cells.items()},
-        "answer_given_trace_ok": proportion(cells["TP"], right),
-        "answer_given_trace_wrong": proportion(cells["FP"], wrong),
-        "difference": difference,
-        "by_label": stratified_association(frame) if "label" in frame else None,
-        **association,
-    }
-
-
 # --------------------------------------------------------------------------------- students
 STUDENTS = ("tiny", "smollm2-135m")  # by name; any hub id or local folder works as well
 WHEEL = {
@@ -1245,9 +1138,10 @@ def fetch(repo: str, kind: str, pin: str, patterns: list[str], instead: str) -> 
             write_atomic(record, commit)
         return folder
     except (OSError, ValueError, errors.HTTPError) as error:
-        detail = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        detail = f"{type(error).__name__}: " + " ".join(str(error).split())
         raise RuntimeError(
-            f"{repo} at {commit or 'main'} was not fetched: {_advice(error)}; or {instead} ({detail})"
+            f"{repo} at {commit or 'main'} was not fetched: {_advice(error)}; or {instead} "
+            f"({detail})"
         ) from None
 
 
@@ -1420,7 +1314,7 @@ def check_protocol(protocol: str) -> None:
 
 
 def check_student(name: str) -> None:
-    """Raise `ValueError` unless the name is an embedded student, or has the `/` of a hub id or folder."""
+    """Raise `ValueError` unless the name is an embedded student or has the `/` of a hub id."""
     if name not in STUDENTS and "/" not in name:
         _refuse("student", name, STUDENTS, ", or a hub id or folder with a `/`")
 
@@ -1470,29 +1364,52 @@ def conditions(protocol: str = "controlled") -> list[str]:
     return [key.value for key in _assigned(_code_of("02_corrupt_traces")[1])[registry].keys]
 
 
-def lesson(name: str, **parameters: Any) -> SimpleNamespace:
-    """Imports, functions, classes, UPPERCASE names and parameters of a notebook.
-
-    So that another notebook calls what is taught in this one. Nothing else of it is executed;
-    `parameters` replace its defaults.
-    """
-    namespace = {
-        "tk": sys.modules[__name__],
-        "__name__": name,
-        **notebook_defaults(name),
-        **parameters,
-    }
-    kept = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
-    constants = [k for k in _assigned(_code_of(name)[1]) if k.isupper()]
+@functools.lru_cache(maxsize=64)
+def _run_lesson(path: Path, changed: int, parameters: tuple) -> SimpleNamespace:
+    """Execute imports, functions, classes and UPPERCASE constants of a notebook, nothing else."""
+    defaults = notebook_defaults(path.stem)
+    names = {"tk": sys.modules[__name__], "__name__": path.stem, **defaults, **dict(parameters)}
     body = []
-    for node in _code_of(name)[1].body:
-        is_constant = (
-            isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in constants
-        )
-        if isinstance(node, kept) or is_constant:
+    for node in _read_code(path, changed)[1].body:
+        assigned = _assigned(ast.Module([node], []))
+        if isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)):
             body.append(node)
-    exec(compile(ast.Module(body, []), name, "exec"), namespace)
-    return SimpleNamespace(**namespace)
+        elif assigned and all(name.isupper() for name in assigned):
+            body.append(node)
+    exec(compile(ast.Module(body, []), path.stem, "exec"), names)
+    return SimpleNamespace(**names)
+
+
+def lesson(name: str, **parameters: Any) -> SimpleNamespace:
+    """What a notebook defines, so that another one calls the very code that is taught there.
+
+    Its imports, functions, classes and UPPERCASE constants; `parameters` replace its defaults.
+    """
+    path = _notebook_path(name)
+    return _run_lesson(path, path.stat().st_mtime_ns, tuple(sorted(parameters.items())))
+
+
+# code that stands where it is taught: `tk.finetune` is the function `finetune` of the notebook
+TAUGHT_IN = {
+    "03_finetune_student": (
+        "finetune",
+        "collate",
+        "training_order",
+        "progress_callback",
+        "speed_up_lora",
+        "last_checkpoint",
+    ),
+    "05_analyse_disconnect": ("disconnect_statistics", "phi_coefficient", "stratified_association"),
+    "09_reaudit_published": ("released_extract", "released_score"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Functions of the public surface that stand in the notebook that teaches them."""
+    for notebook, names in TAUGHT_IN.items():
+        if name in names:
+            return getattr(lesson(notebook), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _read_bool(value: Any) -> Any:
