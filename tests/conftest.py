@@ -3,9 +3,7 @@
 Nothing under the repository is written: in-process tests have the helper's folders in a
 temporary directory, notebooks run in a copy. `TRACEKD_DATA_DIR` must name the real data.
 """
-import ast
-import functools
-import json
+
 import os
 import shutil
 import subprocess
@@ -27,47 +25,54 @@ settings.load_profile("tracekd")
 
 
 def pytest_configure(config):
-    for rule in ("ignore::FutureWarning", "ignore::DeprecationWarning",
-                 "ignore:.*gemm_4bit_forward.*"):
+    for rule in (
+        "ignore::FutureWarning",
+        "ignore::DeprecationWarning",
+        "ignore:.*gemm_4bit_forward.*",
+    ):
         config.addinivalue_line("filterwarnings", rule)
 
 
-@functools.cache
-def notebook_functions(name: str, **parameters) -> SimpleNamespace:
-    """Imports, functions, classes, UPPERCASE names and parameters of a notebook.
-
-    No other statement of it is run. `parameters` replace the notebook's defaults.
-    """
-    cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
-    namespace = {"tk": tk, "__name__": name, **tk.notebook_defaults(name), **parameters}
-    kept = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
-    for cell in cells:
-        if cell["cell_type"] == "code":
-            body = [n for n in ast.parse("".join(cell["source"])).body
-                    if isinstance(n, kept) or isinstance(n, ast.Assign)
-                    and all(isinstance(t, ast.Name) and t.id.isupper()
-                            for t in n.targets)]
-            exec(compile(ast.Module(body, []), name, "exec"), namespace)
-    return SimpleNamespace(**namespace)
+def notebook_functions(name: str, **parameters):
+    """What a notebook defines: imports, functions, classes, constants and parameters."""
+    return tk.lesson(name, **parameters)
 
 
 def papermill(workspace: Path, name: str, *options: str, start=False):
     """Run (or only start) a notebook of the workspace by plain papermill, offline."""
-    command = [sys.executable, "-m", "papermill", f"notebooks/{name}.ipynb",
-               f"{name}-out.ipynb", "--no-progress-bar", "--log-output", *options]
-    runner, extra = (subprocess.Popen, {
-        "stdout": subprocess.DEVNULL, "stderr": (workspace / "log.txt").open("w")}
-    ) if start else (subprocess.run, {"capture_output": True})
-    return runner(command, cwd=workspace, text=True, **extra, env={
-        **os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""})
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        f"notebooks/{name}.ipynb",
+        f"{name}-out.ipynb",
+        "--no-progress-bar",
+        "--log-output",
+        *options,
+    ]
+    runner, extra = (
+        (
+            subprocess.Popen,
+            {"stdout": subprocess.DEVNULL, "stderr": (workspace / "log.txt").open("w")},
+        )
+        if start
+        else (subprocess.run, {"capture_output": True})
+    )
+    return runner(
+        command,
+        cwd=workspace,
+        text=True,
+        **extra,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+    )
 
 
 def make_workspace(folder: Path) -> Path:
-    """Copy of the helper and the notebooks, in which notebooks run."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Copy of the helper, the cards and the notebooks, in which notebooks run."""
+    (folder / "data").mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / "tracekd_utils.py", folder)
-    shutil.copytree(ROOT / "notebooks", folder / "notebooks",
-                    ignore=shutil.ignore_patterns(".*"))
+    shutil.copy(ROOT / "data" / "datasets.toml", folder / "data")
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".*"))
     return folder
 
 
@@ -98,22 +103,25 @@ def data_dir():
     """Folder of the real data; its tests fail, and do not skip, where there is none."""
     folder = os.environ.get("TRACEKD_DATA_DIR", "")
     if not folder or not (Path(folder) / "babi" / "en").is_dir():
-        pytest.fail("TRACEKD_DATA_DIR must name the folder that holds babi/en, found "
-                    f"{folder!r}; .ci/run sets it to ../shared/data")
+        pytest.fail(
+            "TRACEKD_DATA_DIR must name the folder that holds babi/en, found "
+            f"{folder!r}; .ci/run sets it to ../shared/data"
+        )
     return Path(folder)
 
 
 @pytest.fixture(scope="session")
 def microworld():
     """480 generated examples: 240 train, 60 validation, 180 test."""
-    return notebook_functions("01_decompose_problems").make_microworld(240, 60, 180)
+    return notebook_functions("01_decompose_microworld").make_microworld(240, 60, 180)
 
 
 @pytest.fixture(scope="session")
 def babi(data_dir):
     """All 20 bAbI tasks, one question a story, with what was left out."""
-    return notebook_functions("01_decompose_problems", dataset="babi20").read_babi(
-        data_dir / "babi" / "en", "babi20", 0)
+    return notebook_functions("10_decompose_babi", dataset="babi20").read_babi(
+        data_dir / "babi" / "en", "babi20", 0
+    )
 
 
 @pytest.fixture(scope="session")
@@ -126,8 +134,17 @@ def corrupter():
 def example():
     """One example whose scores can be worked out by hand."""
     return tk.Example(
-        id="microworld/test/x", dataset="microworld", split="test",
-        question="Where is the apple?", label="object-place", answers=("kitchen",),
-        facts=("Mary went to the garden.", "Mary took the apple.",
-               "Mary went to the kitchen.", "John did not take the ball."),
-        gold_facts=("Mary took the apple.", "Mary went to the kitchen."))
+        id="microworld/test/x",
+        dataset="microworld",
+        split="test",
+        question="Where is the apple?",
+        label="object-place",
+        answers=("kitchen",),
+        facts=(
+            "Mary went to the garden.",
+            "Mary took the apple.",
+            "Mary went to the kitchen.",
+            "John did not take the ball.",
+        ),
+        gold_facts=("Mary took the apple.", "Mary went to the kitchen."),
+    )

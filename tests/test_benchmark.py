@@ -1,4 +1,5 @@
 """90: measures with the tiny student, and draws what it has saved again."""
+
 import json
 
 import pytest
@@ -9,8 +10,25 @@ from conftest import make_workspace, notebook_functions, papermill
 def measured(tmp_path_factory):
     """Workspace after one measurement with the tiny student, and the executed process."""
     folder = make_workspace(tmp_path_factory.mktemp("speed"))
-    done = papermill(folder, "90_benchmark_speed", "-p", "student", "tiny", "-p", "repeats", "1",
-                     "-p", "steps", "1", "-p", "tokens", "200", "-p", "batch_size", "4")
+    done = papermill(
+        folder,
+        "90_benchmark_speed",
+        "-p",
+        "student",
+        "tiny",
+        "-p",
+        "repeats",
+        "1",
+        "-p",
+        "steps",
+        "1",
+        "-p",
+        "tokens",
+        "200",
+        "-p",
+        "batch_size",
+        "4",
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
@@ -18,8 +36,7 @@ def measured(tmp_path_factory):
 def test_every_promised_field_is_measured(measured):
     found = json.loads((measured / "data/results/benchmark/speed.json").read_text())
     train, generate, score = found["train"], found["generate"], found["score"]
-    assert train["ratio"] == pytest.approx(
-        train["ours_tokens_per_s"] / train["trl_tokens_per_s"])
+    assert train["ratio"] == pytest.approx(train["ours_tokens_per_s"] / train["trl_tokens_per_s"])
     assert 0 <= train["max_rel_loss_diff"] < 0.01  # the same loss, by two trainers
     assert train["max_rel_loss_diff_after_updates"] is None  # two steps: no update before them
     assert 0 < train["share_of_matmul_rate"] < 1
@@ -49,11 +66,18 @@ def test_nothing_saved_is_one_clear_error(tmp_path):
 def test_operations_of_a_step_by_hand():
     """One layer, hidden 4, inner 8, one head; two rows of 3 and 2 tokens, 3 in the loss."""
     from types import SimpleNamespace
-    config = SimpleNamespace(hidden_size=4, intermediate_size=8, num_hidden_layers=1,
-                             num_attention_heads=1, num_key_value_heads=1, vocab_size=10)
+
+    config = SimpleNamespace(
+        hidden_size=4,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        vocab_size=10,
+    )
     rows = [{"mask": [0, 1, 1]}, {"mask": [0, 1]}]
     attention, products = notebook_functions("90_benchmark_speed").step_flops(config, rows, 2)
-    frozen = 4 * 4 * 4 + 3 * 4 * 8        # q, k, v, o and the three of the inner layer
+    frozen = 4 * 4 * 4 + 3 * 4 * 8  # q, k, v, o and the three of the inner layer
     lora = 2 * (4 * (4 + 4) + 3 * (4 + 8))
     assert attention == 6 * 1 * 4 * (9 + 4)
     assert products == 4 * frozen * 5 + 6 * lora * 5 + 4 * 4 * 10 * 3

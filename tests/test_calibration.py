@@ -1,4 +1,5 @@
 """Calibration: array statistics are the helper's, students are wired as they say."""
+
 import dataclasses
 import json
 import math
@@ -8,11 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-import tracekd_utils as tk
 from conftest import make_workspace, notebook_functions, papermill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+
+import tracekd_utils as tk
 
 NAME = "07_calibrate_instrument"
 counts = st.lists(st.integers(0, 60), min_size=4, max_size=4).map(np.array)
@@ -30,9 +32,13 @@ def items(nb):
 
 def frame(cells, label="a"):
     """One row an item, TP, FP, FN, TN."""
-    return pd.DataFrame({"trace_ok": np.repeat([True, False, True, False], cells),
-                         "answer_ok": np.repeat([True, True, False, False], cells),
-                         "label": label})
+    return pd.DataFrame(
+        {
+            "trace_ok": np.repeat([True, False, True, False], cells),
+            "answer_ok": np.repeat([True, True, False, False], cells),
+            "label": label,
+        }
+    )
 
 
 @settings(max_examples=30)
@@ -50,22 +56,26 @@ def test_array_statistics_are_those_of_the_helper(cells):
     assert fisher[0] == (helper["test"]["name"] == "Fisher exact")
     ours = nb.formula_intervals(whole) | {"phi": nb.phi_interval(whole)}
     for name, theirs in (
-            ("difference", helper["difference"]), ("odds ratio", helper["odds_ratio"]),
-            ("phi", helper["phi"]),
-            ("share of answers", tk.proportion(int(cells[:2].sum()), int(cells.sum()))),
-            ("answer given trace right", helper["answer_given_trace_ok"]),
-            ("answer given trace wrong", helper["answer_given_trace_wrong"])):
+        ("difference", helper["difference"]),
+        ("odds ratio", helper["odds_ratio"]),
+        ("phi", helper["phi"]),
+        ("share of answers", tk.proportion(int(cells[:2].sum()), int(cells.sum()))),
+        ("answer given trace right", helper["answer_given_trace_ok"]),
+        ("answer given trace wrong", helper["answer_given_trace_wrong"]),
+    ):
         low, high = (end[0] for end in ours[name])
-        assert (low, high) == pytest.approx((theirs["low"], theirs["high"]), rel=1e-9,
-                                            abs=1e-12), name
+        assert (low, high) == pytest.approx((theirs["low"], theirs["high"]), rel=1e-9, abs=1e-12), (
+            name
+        )
 
 
 @settings(max_examples=40)
 @given(st.lists(counts.filter(lambda c: c.sum() > 1), min_size=1, max_size=4))
 def test_stratified_p_is_that_of_the_helper(strata):
     nb = notebook_functions(NAME)
-    helper = tk.disconnect_statistics(pd.concat(
-        [frame(c, label=str(k)) for k, c in enumerate(strata)]))["by_label"]
+    helper = tk.disconnect_statistics(
+        pd.concat([frame(c, label=str(k)) for k, c in enumerate(strata)])
+    )["by_label"]
     p = nb.stratified_test(np.array(strata)[None])[0]
     assert math.isnan(p) if helper["p"] is None else p == pytest.approx(helper["p"])
 
@@ -76,11 +86,13 @@ def test_paired_statistics_are_those_of_helper_and_scipy(b, c):
     nb = notebook_functions(NAME)
     first, second = np.repeat([[1, 0], [0, 1], [1, 1]], [b, c, 9], axis=0).T
     assert nb.paired_test(np.array([b]), np.array([c]))[0] == pytest.approx(
-        tk.mcnemar_midp(first, second)["p"])
+        tk.mcnemar_midp(first, second)["p"]
+    )
     low, high = nb.paired_interval(np.array([b]), np.array([c]), b + c + 9)
     if b + c:
-        assert (low[0], high[0]) == pytest.approx(tuple(
-            stats.ttest_1samp(first - second, 0).confidence_interval()))
+        assert (low[0], high[0]) == pytest.approx(
+            tuple(stats.ttest_1samp(first - second, 0).confidence_interval())
+        )
     one = nb.paired_difference(first, second)
     assert one["estimate"] == pytest.approx((b - c) / (b + c + 9))
     assert one["low"] == pytest.approx(low[0])
@@ -90,21 +102,27 @@ def test_the_bootstrap_of_counts_is_that_of_items(nb):
     """Drawing counts and resampling items agree up to the noise of the draws."""
     b, c, rest = 40, 15, 145
     d = np.repeat([1.0, -1.0, 0.0], [b, c, rest])
-    reference = stats.bootstrap((d,), np.mean, n_resamples=20_000, method="percentile",
-                                rng=np.random.default_rng(1)).confidence_interval
+    reference = stats.bootstrap(
+        (d,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1)
+    ).confidence_interval
     low, high = nb.paired_bootstrap(np.array([[b, c, rest]] * 2))
-    assert low[0] == low[1] and (low[0], high[0]) == pytest.approx(tuple(reference),
-                                                                  abs=0.01)
+    assert low[0] == low[1] and (low[0], high[0]) == pytest.approx(tuple(reference), abs=0.01)
 
 
 def test_cell_shares_have_the_shares_and_the_phi_asked_for(nb):
     tp, fp, fn, tn = cells = nb.cell_shares(0.25, 0.4, 0.2)
     assert (tp + fn, tp + fp, cells.sum()) == pytest.approx((0.25, 0.4, 1))
     assert nb.truths(cells)["phi"] == pytest.approx(0.2)
-    assert nb.truths(np.array([0.4, 0.1, 0.2, 0.3])) == pytest.approx({
-        "share of answers": 0.5, "answer given trace right": 2 / 3,
-        "answer given trace wrong": 0.25, "difference": 5 / 12, "odds ratio": 6, "phi":
-        (0.12 - 0.02) / math.sqrt(0.6 * 0.4 * 0.25)})
+    assert nb.truths(np.array([0.4, 0.1, 0.2, 0.3])) == pytest.approx(
+        {
+            "share of answers": 0.5,
+            "answer given trace right": 2 / 3,
+            "answer given trace wrong": 0.25,
+            "difference": 5 / 12,
+            "odds ratio": 6,
+            "phi": (0.12 - 0.02) / math.sqrt(0.6 * 0.4 * 0.25),
+        }
+    )
     assert nb.cell_shares(0.05, 0.4, 0.9) is None
 
 
@@ -132,10 +150,14 @@ def test_a_copying_student_follows_and_an_ignoring_one_does_not(nb, items):
     assert copied["follow"]["estimate"] == 1 and copied["effect"]["estimate"] < -0.8
     # what an ignoring student says under a plant is its own answer, letter for letter
     assert ignored["flip"]["estimate"] == 0 == ignored["effect"]["estimate"]
-    assert ignored["follow"]["estimate"] == pytest.approx(sum(
-        i.guess == i.plant and i.u[2] >= 0.5 for i in items) / len(items))
-    assert copied["trace_ok"] == ignored["trace_ok"] == tk.proportion(
-        sum(i.u[0] < 0.5 for i in items), len(items))
+    assert ignored["follow"]["estimate"] == pytest.approx(
+        sum(i.guess == i.plant and i.u[2] >= 0.5 for i in items) / len(items)
+    )
+    assert (
+        copied["trace_ok"]
+        == ignored["trace_ok"]
+        == tk.proportion(sum(i.u[0] < 0.5 for i in items), len(items))
+    )
 
 
 def test_outputs_keep_the_grammar_unless_they_are_broken(nb, items):
@@ -151,22 +173,32 @@ def between(low, high):
 
 
 NONE, SOME, SURE = between(-0.05, 0.05), between(0.2, 0.3), between(0.97, 0.99)
-PLAIN = {"parsed_ok": SURE, "follow": NONE, "facts_ok": SURE, "phi": SOME,
-         "phi, easy": NONE, "phi, hard": NONE}
+PLAIN = {
+    "parsed_ok": SURE,
+    "follow": NONE,
+    "facts_ok": SURE,
+    "phi": SOME,
+    "phi, easy": NONE,
+    "phi, hard": NONE,
+}
 
 
-@pytest.mark.parametrize("change, expected", [
-    ({"parsed_ok": between(0.6, 0.7), "follow": SURE}, "formats badly"),
-    ({"parsed_ok": between(0.8, 0.92), "follow": SURE}, "copies the trace"),
-    ({"follow": between(0.7, 0.8)}, "no single wiring"),
-    ({"follow": between(0.1, 0.3)}, "no single wiring"),
-    ({"facts_ok": between(0.08, 0.12)}, "cites at random"),
-    ({"facts_ok": between(0.08, 0.16), "phi": NONE}, "ignores the trace"),
-    ({}, "common cause"),
-    ({"phi, hard": between(-0.12, 0.05)}, "no single wiring"),
-    ({"phi": between(-0.05, 0.15)}, "no single wiring"),
-    ({"phi": between(-0.3, -0.2)}, "no single wiring"),
-    ({"phi": {"estimate": None, "low": None, "high": None}}, "no single wiring")])
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"parsed_ok": between(0.6, 0.7), "follow": SURE}, "formats badly"),
+        ({"parsed_ok": between(0.8, 0.92), "follow": SURE}, "copies the trace"),
+        ({"follow": between(0.7, 0.8)}, "no single wiring"),
+        ({"follow": between(0.1, 0.3)}, "no single wiring"),
+        ({"facts_ok": between(0.08, 0.12)}, "cites at random"),
+        ({"facts_ok": between(0.08, 0.16), "phi": NONE}, "ignores the trace"),
+        ({}, "common cause"),
+        ({"phi, hard": between(-0.12, 0.05)}, "no single wiring"),
+        ({"phi": between(-0.05, 0.15)}, "no single wiring"),
+        ({"phi": between(-0.3, -0.2)}, "no single wiring"),
+        ({"phi": {"estimate": None, "low": None, "high": None}}, "no single wiring"),
+    ],
+)
 def test_the_verdict_by_hand(nb, change, expected):
     assert nb.verdict({**PLAIN, **change}, 0.1) == expected
 
@@ -175,10 +207,13 @@ def test_the_verdict_by_hand(nb, change, expected):
 def rows(example):
     """A gold file in which another story with the same answer stands first."""
     other = dataclasses.replace(
-        example, id="microworld/test/y", label="person-place",
+        example,
+        id="microworld/test/y",
+        label="person-place",
         question="Where is John?",
         facts=("John went to the kitchen.", "Mary took the apple."),
-        gold_facts=("John went to the kitchen.",))
+        gold_facts=("John went to the kitchen.",),
+    )
     return SimpleNamespace(first=other, second=example, file=[other, example])
 
 
@@ -189,23 +224,26 @@ def test_released_scoring_takes_the_first_row_with_the_answer(nb, rows):
     # B1: judged by the other row, whose label it does not name
     assert tk.released_score(right, e, rows.file)["trace_ok"] is False
     # B2, B3: that row's label and any one fact of its story are enough
-    wrong = tk.render_target(e, tk.Trace(label="person-place",
-                                         facts=("Mary took the apple.",)))
+    wrong = tk.render_target(e, tk.Trace(label="person-place", facts=("Mary took the apple.",)))
     assert tk.released_score(wrong, e, rows.file)["trace_ok"] is True
     assert tk.score(tk.parse_output(wrong, e), e)["trace_ok"] is False
 
 
-@pytest.mark.parametrize("text, answer, trace", [
-    ("<answer>Kitchen</answer>", True, None),
-    ("<answer>the kitchen</answer>", False, None),
-    ("</think><answer>kitchen</answer>", True, None),
-    ("I say the answer: kitchen.", True, None),
-    ("an answer is not the answer given", False, None),
-    ("kitchen", True, None), ("", False, None),
-    ("I think kitchen", False, False)])
+@pytest.mark.parametrize(
+    "text, answer, trace",
+    [
+        ("<answer>Kitchen</answer>", True, None),
+        ("<answer>the kitchen</answer>", False, None),
+        ("</think><answer>kitchen</answer>", True, None),
+        ("I say the answer: kitchen.", True, None),
+        ("an answer is not the answer given", False, None),
+        ("kitchen", True, None),
+        ("", False, None),
+        ("I think kitchen", False, False),
+    ],
+)
 def test_released_scoring_by_hand(nb, example, text, answer, trace):
-    assert tk.released_score(text, example, [example]) == {
-        "answer_ok": answer, "trace_ok": trace}
+    assert tk.released_score(text, example, [example]) == {"answer_ok": answer, "trace_ok": trace}
 
 
 @pytest.fixture(scope="module")
@@ -218,19 +256,17 @@ def simulated(workspace):
 
 def test_the_notebook_leaves_what_the_contract_promises(nb, simulated):
     workspace = simulated
-    result = json.loads(
-        (workspace / "data/results/calibration/calibration.json").read_text())
+    result = json.loads((workspace / "data/results/calibration/calibration.json").read_text())
     assert result["n_studies"] == 100
     rates = [*result["type1"].values(), *result["coverage"].values()]
-    assert all(0 <= r["low"] <= r["rate"] + 1e-9 and r["rate"] <= r["high"] + 1e-9
-               for r in rates)
-    assert all({"rate", "asymptotic", "min_expected"} <= set(r)
-               for r in result["type1"].values())
+    assert all(0 <= r["low"] <= r["rate"] + 1e-9 and r["rate"] <= r["high"] + 1e-9 for r in rates)
+    assert all({"rate", "asymptotic", "min_expected"} <= set(r) for r in result["type1"].values())
     kinds = {name.split(",")[0] for name in result["type1"]}
     assert kinds >= {"chi-square", "Fisher exact", "CMH", "mid-p McNemar"}
     assert len({c["interval"] for c in result["coverage"].values()}) == 8
     assert [(p["phi"], p["n"]) for p in result["power"]] == [
-        (phi, n) for phi in nb.POWER_PHIS for n in nb.POWER_N]
+        (phi, n) for phi in nb.POWER_PHIS for n in nb.POWER_N
+    ]
     assert [v["wiring"] for v in result["verdicts"]] == list(nb.WIRINGS)
     found = {v["wiring"]: v["found"] for v in result["verdicts"]}
     assert found["copies the trace"] == "copies the trace"
@@ -252,8 +288,10 @@ def test_saved_studies_are_drawn_again_in_the_same_bytes(simulated):
     assert len(figures) == 12 and {p: p.read_bytes() for p in before} == before
 
 
-@pytest.mark.parametrize("n, message", [(5, "n_studies.*out of range"), (
-    0, "calibration.json is missing.*n_studies of 100 or more")])
+@pytest.mark.parametrize(
+    "n, message",
+    [(5, "n_studies.*out of range"), (0, "calibration.json is missing.*n_studies of 100 or more")],
+)
 def test_a_wrong_number_of_studies_ends_before_anything_is_simulated(tmp_path, n, message):
     done = papermill(make_workspace(tmp_path / "copy"), NAME, "-p", "n_studies", str(n))
     assert done.returncode and re.search(message, done.stderr, re.DOTALL)

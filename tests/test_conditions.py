@@ -1,14 +1,16 @@
 """What the traces of every condition hold, and what their random draws depend on."""
+
 import random
 from collections import Counter
 from dataclasses import replace
 
 import pytest
-import tracekd_utils as tk
 from conftest import notebook_functions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
+
+import tracekd_utils as tk
 
 nb = notebook_functions("02_corrupt_traces")
 
@@ -30,7 +32,8 @@ def pool(items):
 def test_the_registry_and_the_helper_name_the_same_conditions():
     assert list(nb.CONDITIONS) == list(tk.LAYOUTS)
     assert {c for c, r in nb.CONDITIONS.items() if r.build is None} == {
-        c for c, layout in tk.LAYOUTS.items() if layout == "none"}
+        c for c, layout in tk.LAYOUTS.items() if layout == "none"
+    }
 
 
 def in_story_order(example, facts):
@@ -75,9 +78,14 @@ def test_wrong_labels_are_drawn_by_their_frequency(items):
     counts = dict(zip(tk.LABELS["microworld"], (40, 400, 200, 100, 60, 200)))
     study = nb.Pool(replace(items[0], label=k) for k, n in counts.items() for _ in range(n))
     own = "carried-count"
-    drawn = Counter(nb.make_trace(replace(items[0], id=f"x/{i}", label=own,
-                                          gold_facts=items[0].gold_facts), "incorrect",
-                                  study).label for i in range(4000))
+    drawn = Counter(
+        nb.make_trace(
+            replace(items[0], id=f"x/{i}", label=own, gold_facts=items[0].gold_facts),
+            "incorrect",
+            study,
+        ).label
+        for i in range(4000)
+    )
     others = [k for k in counts if k != own]
     assert set(drawn) == set(others)
     expected = [4000 * counts[k] / 900 for k in others]
@@ -101,7 +109,8 @@ def test_draws_do_not_depend_on_the_name_of_the_condition(items, pool, monkeypat
     for dose in (0.4, 1.0):
         for e in items:
             assert nb.make_trace(e, "other", pool, 0, dose) == nb.make_trace(
-                e, "incorrect", pool, 0, dose)
+                e, "incorrect", pool, 0, dose
+            )
 
 
 def test_doses_are_nested_and_are_shares(items, pool):
@@ -111,8 +120,9 @@ def test_doses_are_nested_and_are_shares(items, pool):
         traces = {e.id: nb.make_trace(e, "incorrect", pool, 0, dose) for e in items}
         wrong = {e.id for e in items if traces[e.id].label != e.label}
         assert before <= wrong and all(traces[i] == full[i] for i in wrong)
-        assert all(traces[e.id] == nb.make_trace(e, "correct", pool)
-                   for e in items if e.id not in wrong)
+        assert all(
+            traces[e.id] == nb.make_trace(e, "correct", pool) for e in items if e.id not in wrong
+        )
         assert len(wrong) / len(items) == pytest.approx(dose, abs=0.07)
         before = wrong
     assert len(before) == len(items)
@@ -136,12 +146,12 @@ def test_a_single_label_leaves_no_wrong_one(items):
 
 
 def test_the_conditions_differ_in_truth_and_not_in_number_of_facts(items, pool):
-    right, wrong = ([nb.make_trace(e, c, pool) for e in items]
-                    for c in ("correct", "incorrect"))
+    right, wrong = ([nb.make_trace(e, c, pool) for e in items] for c in ("correct", "incorrect"))
     assert [len(t.facts) for t in right] == [len(t.facts) for t in wrong]
     for traces, truth in ((right, True), (wrong, False)):
-        rows = [tk.score(tk.parse_output(tk.render_target(e, t), e), e)
-                for e, t in zip(items, traces)]
+        rows = [
+            tk.score(tk.parse_output(tk.render_target(e, t), e), e) for e, t in zip(items, traces)
+        ]
         for field in ("label_ok", "facts_ok", "trace_ok"):
             assert {r[field] for r in rows} == {truth}
         assert all(r["answer_ok"] and r["parsed_ok"] for r in rows)
@@ -157,14 +167,33 @@ NEVER_GOLD = ("incorrect", "wrong_facts", "rule_wrong", "wrong_with_answer")
 @pytest.fixture
 def trio(example):
     """Three items of three labels; the first is the example worked out by hand."""
-    return nb.Pool([example, replace(
-        example, id="microworld/test/y", question="Where is Mary?", label="person-place",
-        facts=("Mary went to the garden.", "The key is in the box.",
-               "Mary went to the cellar."),
-        gold_facts=("Mary went to the cellar.",), answers=("cellar",)), replace(
-        example, id="microworld/test/z", question="Is the box bigger?", label="size-compare",
-        facts=("The box is bigger.", "The jar is small.", "The box is blue."),
-        gold_facts=("The box is bigger.",), answers=("box",))])
+    return nb.Pool(
+        [
+            example,
+            replace(
+                example,
+                id="microworld/test/y",
+                question="Where is Mary?",
+                label="person-place",
+                facts=(
+                    "Mary went to the garden.",
+                    "The key is in the box.",
+                    "Mary went to the cellar.",
+                ),
+                gold_facts=("Mary went to the cellar.",),
+                answers=("cellar",),
+            ),
+            replace(
+                example,
+                id="microworld/test/z",
+                question="Is the box bigger?",
+                label="size-compare",
+                facts=("The box is bigger.", "The jar is small.", "The box is blue."),
+                gold_facts=("The box is bigger.",),
+                answers=("box",),
+            ),
+        ]
+    )
 
 
 def test_traces_of_one_item_by_hand(example, trio):
@@ -183,13 +212,15 @@ def test_traces_of_one_item_by_hand(example, trio):
     # no fact but a gold one holds `kitchen`
     assert made["wrong_with_answer"] == made["wrong_facts"]
     assert made["masked"] == replace(
-        right, facts=("Mary took the apple.", "Mary went to the [masked]."))
+        right, facts=("Mary took the apple.", "Mary went to the [masked].")
+    )
     assert made["swapped"] in (
         tk.Trace(label="person-place", facts=("Mary went to the cellar.",)),
-        tk.Trace(label="size-compare", facts=("The box is bigger.",)))
+        tk.Trace(label="size-compare", facts=("The box is bigger.",)),
+    )
     assert sorted(made["shuffled"].text.split()) == sorted(
-        "Question type: object-place Facts: - Mary took the apple. "
-        "- Mary went to the kitchen.".split())
+        ["Question", "type:", "object-place", "Facts:", "-", "Mary", "took", "the", "apple.", "-", "Mary", "went", "to", "the", "kitchen."]
+    )
     # 5 pieces in `Question type: object-place`, with its hyphen 6, `Facts:` 2, two lines of
     # 6 and 7 pieces with dash and full stop, three line breaks
     assert made["filler"].text == " ".join(["..."] * (6 + 2 + 6 + 7 + 3))
@@ -198,22 +229,34 @@ def test_traces_of_one_item_by_hand(example, trio):
 def test_the_draws_have_not_moved(trio):
     """Run ids hang on these draws: a change here makes every finished run unfinished."""
     place, person, size = "object-place", "person-place", "size-compare"
-    garden, jar, key = ("Mary went to the garden.", "The jar is small.",
-                        "The key is in the box.")
-    drawn = [nb.make_trace(e, "incorrect", trio, seed) for seed in (0, 1, 2)
-             for e in trio.examples]
-    assert [t.label for t in drawn] == [size, size, person, size, size, person, size, place,
-                                        place]
-    assert [t.facts[0] for t in drawn] == [garden, garden, jar, garden, garden, jar, garden,
-                                           key, jar]
+    garden, jar, key = ("Mary went to the garden.", "The jar is small.", "The key is in the box.")
+    drawn = [nb.make_trace(e, "incorrect", trio, seed) for seed in (0, 1, 2) for e in trio.examples]
+    assert [t.label for t in drawn] == [size, size, person, size, size, person, size, place, place]
+    assert [t.facts[0] for t in drawn] == [
+        garden,
+        garden,
+        jar,
+        garden,
+        garden,
+        jar,
+        garden,
+        key,
+        jar,
+    ]
 
 
 def test_the_answer_is_masked_as_a_word_and_only_in_facts(example):
-    e = replace(example, facts=("The box is in the boxes.", "A Box, a box.", "One.", "Two."),
-                gold_facts=("The box is in the boxes.", "A Box, a box."), answers=("box",),
-                label="object-place")
+    e = replace(
+        example,
+        facts=("The box is in the boxes.", "A Box, a box.", "One.", "Two."),
+        gold_facts=("The box is in the boxes.", "A Box, a box."),
+        answers=("box",),
+        label="object-place",
+    )
     assert nb.masked(e, None, 0).facts == (
-        "The [masked] is in the boxes.", "A [masked], a [masked].")
+        "The [masked] is in the boxes.",
+        "A [masked], a [masked].",
+    )
     yes = replace(e, label="object-place", answers=("place",))
     assert nb.masked(yes, None, 0) == nb.correct(yes, None, 0)
     assert nb.CONDITIONS["masked"].applies(e) and not nb.CONDITIONS["masked"].applies(yes)
@@ -234,8 +277,9 @@ def test_a_wrong_fact_that_holds_the_answer_is_cited_where_there_is_one(example,
 @pytest.mark.parametrize("seed", [0, 5])
 def test_conditions_share_their_wrong_label_and_wrong_facts(items, pool, seed):
     for e in items:
-        both, label, facts = (nb.make_trace(e, c, pool, seed) for c in (
-            "incorrect", "wrong_label", "wrong_facts"))
+        both, label, facts = (
+            nb.make_trace(e, c, pool, seed) for c in ("incorrect", "wrong_label", "wrong_facts")
+        )
         assert (label.label, label.facts) == (both.label, nb.cite(e, e.gold_facts))
         assert (facts.label, facts.facts) == (e.label, both.facts)
 
@@ -315,8 +359,14 @@ def test_a_row_of_any_condition_depends_on_itself_alone(items, pool, condition):
         assert nb.make_trace(e, condition, pool, 3) == nb.make_trace(e, condition, moved, 3)
 
 
-@pytest.mark.parametrize("condition", [c for c in CORRUPTS if c not in (
-    "wrong_label", "random_facts", "swapped", "shuffled", "masked", "filler")])
+@pytest.mark.parametrize(
+    "condition",
+    [
+        c
+        for c in CORRUPTS
+        if c not in ("wrong_label", "random_facts", "swapped", "shuffled", "masked", "filler")
+    ],
+)
 def test_an_item_with_a_single_fact_is_refused_by_name(example, trio, condition):
     e = replace(example, facts=example.gold_facts[:1], gold_facts=example.gold_facts[:1])
     with pytest.raises(ValueError, match=f"{e.id}.*1 gold and only 0 other"):
@@ -329,19 +379,45 @@ def test_an_item_alone_in_its_split_has_no_trace_to_swap(example):
 
 
 FACT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
-    str.strip) | st.sampled_from(["a; b", "<think>", "x\ny", "\\u003b", "- ", "Facts:", "[",
-                                  "the kitchen", "kitchen;", "KITCHEN <answer>"])
+    str.strip
+) | st.sampled_from(
+    [
+        "a; b",
+        "<think>",
+        "x\ny",
+        "\\u003b",
+        "- ",
+        "Facts:",
+        "[",
+        "the kitchen",
+        "kitchen;",
+        "KITCHEN <answer>",
+    ]
+)
 
 
 @settings(max_examples=60)
-@given(facts=st.lists(FACT, min_size=2, max_size=6, unique=True), k=st.integers(1, 3),
-       answer=FACT, seed=st.integers(0, 9))
+@given(
+    facts=st.lists(FACT, min_size=2, max_size=6, unique=True),
+    k=st.integers(1, 3),
+    answer=FACT,
+    seed=st.integers(0, 9),
+)
 def test_every_condition_round_trips_on_any_story(facts, k, answer, seed):
     k = min(k, len(facts) // 2)
-    story = [tk.Example(
-        id=f"s/{i}", dataset="microworld", split="test", question="?", answers=(answer,),
-        label=tk.LABELS["microworld"][i], facts=tuple(facts), gold_facts=tuple(facts[:k]))
-        for i in range(3)]
+    story = [
+        tk.Example(
+            id=f"s/{i}",
+            dataset="microworld",
+            split="test",
+            question="?",
+            answers=(answer,),
+            label=tk.LABELS["microworld"][i],
+            facts=tuple(facts),
+            gold_facts=tuple(facts[:k]),
+        )
+        for i in range(3)
+    ]
     study = nb.Pool(story)
     for condition in MAKES_TRACES:
         layout, trace = tk.LAYOUTS[condition], nb.make_trace(story[0], condition, study, seed)

@@ -1,14 +1,15 @@
 """The generator, the bAbI files, and files that are broken."""
+
 import json
 from collections import Counter
 from dataclasses import asdict, replace
 
 import pytest
-import tracekd_utils as tk
 from conftest import ROOT, notebook_functions
 
-RULED = {"single-supporting-fact", "two-supporting-facts", "counting", "lists-sets",
-         "conjunction"}
+import tracekd_utils as tk
+
+RULED = {"single-supporting-fact", "two-supporting-facts", "counting", "lists-sets", "conjunction"}
 
 
 @pytest.fixture(scope="module")
@@ -46,29 +47,28 @@ def test_microworld_is_seeded_and_grows_by_appending(nb, microworld):
     larger = {e.id: e for e in nb.make_microworld(300, 70, 200)}
     assert all(larger[e.id] == e for e in microworld)
     other = nb.make_microworld(240, 60, 180, seed=1)
-    assert not {(e.facts, e.question) for e in other} & {
-        (e.facts, e.question) for e in microworld}
+    assert not {(e.facts, e.question) for e in other} & {(e.facts, e.question) for e in microworld}
 
 
 def test_microworld_rule_and_annotation_agree_in_full(nb, microworld):
     for e in microworld:
         label, facts, answers = nb.rule_microworld(e.facts, e.question)
-        assert (label, set(facts), set(answers)) == (
-            e.label, set(e.gold_facts), set(e.answers)), e.id
+        assert (label, set(facts), set(answers)) == (e.label, set(e.gold_facts), set(e.answers)), (
+            e.id
+        )
 
 
 def test_microworld_prompts_have_60_to_120_tokens(microworld):
     # SmolLM2's own tokenizer where the student has been fetched; else 1.3 tokens a word
     # and one a line, which is within 10 % of it on these stories
-    folder, prompts = ROOT / "data/raw/students/smollm2-135m", map(
-        tk.render_prompt, microworld)
+    folder, prompts = ROOT / "data/raw/students/smollm2-135m", map(tk.render_prompt, microworld)
     if (folder / "complete").exists():
         from transformers import AutoTokenizer
-        lengths = [len(i) for i in AutoTokenizer.from_pretrained(folder)(
-            list(prompts)).input_ids]
+
+        lengths = [len(i) for i in AutoTokenizer.from_pretrained(folder)(list(prompts)).input_ids]
     else:
         lengths = [1.3 * len(p.split()) + p.count("\n") for p in prompts]
-    assert 60 <= min(lengths) and max(lengths) <= 120, (min(lengths), max(lengths))
+    assert min(lengths) >= 60 and max(lengths) <= 120, (min(lengths), max(lengths))
 
 
 def test_babi_has_all_tasks_and_one_question_a_story(nb, babi, data_dir):
@@ -97,8 +97,7 @@ def test_babi_questions_are_drawn_by_the_seed_and_not_the_first(nb, data_dir, ba
 def test_babi_leaks_leave_the_training_set_and_are_counted(babi):
     examples, read = babi
     test = {(e.facts, e.question) for e in examples if e.split == "test"}
-    assert not [e.id for e in examples
-                if e.split != "test" and (e.facts, e.question) in test]
+    assert not [e.id for e in examples if e.split != "test" and (e.facts, e.question) in test]
     left = [i for ids in read["left_out"].values() for i in ids]
     assert left and len(left) == read["one_question_a_story"] - len(examples)
     assert not any("/test/" in i for i in left)
@@ -119,7 +118,10 @@ def test_babi_rule_agrees_on_its_five_labels(nb, data_dir):
             found = nb.rule_babi(facts, question)
             compared[label] += 1
             if not found or (found[0], set(found[1]), set(found[2])) != (
-                    label, set(gold), set(answers)):
+                label,
+                set(gold),
+                set(answers),
+            ):
                 differing.append((ident, question, found, gold))
     assert set(compared) == RULED and min(compared.values()) > 1000
     assert not differing, (len(differing), differing[:3])
@@ -130,13 +132,17 @@ STORY = "1 Mary went to the kitchen.\n2 John went to the garden.\n3 Where is Mar
 
 def test_babi_file_by_hand(nb, tmp_path):
     path = tmp_path / "qa1_x_train.txt"
-    path.write_text(STORY + "4 Mary took the apple.\n5 Mary took the ball.\n"
-                    "6 What is Mary carrying?\tapple,ball\t4 5\n" + STORY)
+    path.write_text(
+        STORY + "4 Mary took the apple.\n5 Mary took the ball.\n"
+        "6 What is Mary carrying?\tapple,ball\t4 5\n" + STORY
+    )
     facts = ("Mary went to the kitchen.", "John went to the garden.")
     first = (facts, "Where is Mary?", ("kitchen",), facts[:1])
     took = ("Mary took the apple.", "Mary took the ball.")
     assert nb.parse_babi(path) == [
-        [first, (facts + took, "What is Mary carrying?", ("apple", "ball"), took)], [first]]
+        [first, (facts + took, "What is Mary carrying?", ("apple", "ball"), took)],
+        [first],
+    ]
 
 
 def test_a_leak_by_hand_is_left_out(nb, tmp_path):
@@ -151,21 +157,28 @@ def test_a_leak_by_hand_is_left_out(nb, tmp_path):
     assert len(examples) == 2 * 11 + 1
 
 
-@pytest.mark.parametrize("content, line", [
-    (STORY.encode() + b"1 Mary went to the kit", 4),
-    (STORY.encode() + b"1 Mary went.\n2 Where is Ma", 5),
-    (STORY.encode() + b"1 Mary went.\n2 Where is Mary? \tkit", 5),
-    (STORY.encode() + b"1 Mary went.\n2 Where is Mary? \tkitchen\t", 5),
-    (STORY.encode() + b"1 Mary went to the kitchen.\n", 4),
-    (b"1 Mary went.\n2 Where is Mary?\n", 2),
-    (b"1 Mary went.\n2 Where is Mary? \t\t1\n", 2),
-    (b"1 Mary went.\n2 Where is Mary? \tapple,\t1\n", 2),
-    (b"1 Mary went.\n2 Where is Mary? \tkitchen\t7\n", 2),
-    (b"1 Mary went.\n2 Where is Mary? \tkitchen\tone\n", 2),
-    (b"1 Mary went.\n2 Where is Mary? \tkitchen\t2\n", 2),
-    (b"1 Mary w\xe9nt.\n2 Where is Mary? \tkitchen\t1\n", 1),
-    (b"one Mary went.\n", 1), (b"{\n", 1),
-    (b"2 Mary went.\n3 Where is Mary? \tkitchen\t2\n", 1), (b"", "")], ids=repr)
+@pytest.mark.parametrize(
+    "content, line",
+    [
+        (STORY.encode() + b"1 Mary went to the kit", 4),
+        (STORY.encode() + b"1 Mary went.\n2 Where is Ma", 5),
+        (STORY.encode() + b"1 Mary went.\n2 Where is Mary? \tkit", 5),
+        (STORY.encode() + b"1 Mary went.\n2 Where is Mary? \tkitchen\t", 5),
+        (STORY.encode() + b"1 Mary went to the kitchen.\n", 4),
+        (b"1 Mary went.\n2 Where is Mary?\n", 2),
+        (b"1 Mary went.\n2 Where is Mary? \t\t1\n", 2),
+        (b"1 Mary went.\n2 Where is Mary? \tapple,\t1\n", 2),
+        (b"1 Mary went.\n2 Where is Mary? \tkitchen\t7\n", 2),
+        (b"1 Mary went.\n2 Where is Mary? \tkitchen\tone\n", 2),
+        (b"1 Mary went.\n2 Where is Mary? \tkitchen\t2\n", 2),
+        (b"1 Mary w\xe9nt.\n2 Where is Mary? \tkitchen\t1\n", 1),
+        (b"one Mary went.\n", 1),
+        (b"{\n", 1),
+        (b"2 Mary went.\n3 Where is Mary? \tkitchen\t2\n", 1),
+        (b"", ""),
+    ],
+    ids=repr,
+)
 def test_a_broken_babi_file_is_named_with_its_line(nb, tmp_path, content, line):
     path = tmp_path / "qa1_x_train.txt"
     path.write_bytes(content)
@@ -188,13 +201,26 @@ def test_an_empty_data_dir_counts_as_unset(nb, tmp_path, monkeypatch):
         assert nb.raw_folder("babi20") == folder
 
 
-@pytest.mark.parametrize("change, named", [
-    ({"label": "weather"}, "weather.*object-place"), ({"split": "dev"}, "dev.*validation"),
-    ({"answers": []}, "answer"), ({"answers": [" "]}, "answer"), ({"facts": []}, "facts"),
-    ({"gold_facts": ["never said"]}, "never said"), ({"question": " "}, "question"),
-    ({"dataset": "mars"}, "label"), ({"id": "microworld/test/0"}, "microworld/test/0.*twice"),
-    ({"label": None}, "None"), ({"answers": None}, "answers"), ({"question": 3}, "question"),
-    ({"answers": "kitchen"}, "answers"), ({"facts": [1]}, "facts")], ids=repr)
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"label": "weather"}, "weather.*object-place"),
+        ({"split": "dev"}, "dev.*validation"),
+        ({"answers": []}, "answer"),
+        ({"answers": [" "]}, "answer"),
+        ({"facts": []}, "facts"),
+        ({"gold_facts": ["never said"]}, "never said"),
+        ({"question": " "}, "question"),
+        ({"dataset": "mars"}, "label"),
+        ({"id": "microworld/test/0"}, "microworld/test/0.*twice"),
+        ({"label": None}, "None"),
+        ({"answers": None}, "answers"),
+        ({"question": 3}, "question"),
+        ({"answers": "kitchen"}, "answers"),
+        ({"facts": [1]}, "facts"),
+    ],
+    ids=repr,
+)
 def test_a_broken_row_is_named_with_file_and_line(example, tmp_path, change, named):
     path = tmp_path / "examples.jsonl"
     good = {**asdict(example), "id": "microworld/test/0"}
@@ -203,9 +229,17 @@ def test_a_broken_row_is_named_with_file_and_line(example, tmp_path, change, nam
         tk.read_examples(path)
 
 
-@pytest.mark.parametrize("line, named", [
-    (b'{"id": "x"', "line 3"), (b"\xff\xfe{}", "line 3.*UTF-8"), (b"[1]", "line 3.*list"),
-    (b"3", "line 3.*int"), (b"null", "line 3")], ids=repr)
+@pytest.mark.parametrize(
+    "line, named",
+    [
+        (b'{"id": "x"', "line 3"),
+        (b"\xff\xfe{}", "line 3.*UTF-8"),
+        (b"[1]", "line 3.*list"),
+        (b"3", "line 3.*int"),
+        (b"null", "line 3"),
+    ],
+    ids=repr,
+)
 def test_a_broken_line_is_named(tmp_path, line, named):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n\n' + line + b"\n")
@@ -226,7 +260,7 @@ def test_missing_fields_files_and_rows_are_named(tmp_path):
 
 
 def test_examples_come_back_as_written(microworld, tmp_path):
-    odd = replace(microworld[0], question="漢字\u2028 \x85\t\\ \"?", id="microworld/train/odd")
+    odd = replace(microworld[0], question='漢字\u2028 \x85\t\\ "?', id="microworld/train/odd")
     path = tk.write_jsonl(tmp_path / "a" / "examples.jsonl", [*microworld[:9], odd])
     assert tk.read_examples(path) == [*microworld[:9], odd]
 
@@ -238,8 +272,10 @@ def broken_rows(last):
     yield {"a": last}
 
 
-@pytest.mark.parametrize("last, error", [
-    (RuntimeError("cut"), RuntimeError), (float("nan"), ValueError), ({1, 2}, TypeError)])
+@pytest.mark.parametrize(
+    "last, error",
+    [(RuntimeError("cut"), RuntimeError), (float("nan"), ValueError), ({1, 2}, TypeError)],
+)
 def test_a_failed_write_leaves_the_old_file(tmp_path, last, error):
     path = tk.write_jsonl(tmp_path / "rows.jsonl", [{"old": 1}])
     with pytest.raises(error):
@@ -253,6 +289,7 @@ def test_a_write_cut_short_by_the_system_leaves_the_old_file(tmp_path, monkeypat
 
     def fail(*_):
         raise OSError("disk full")
+
     monkeypatch.setattr(tk.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         tk.write_json(path, {"new": 2})

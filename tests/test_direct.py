@@ -1,9 +1,11 @@
 """Untuned students: what `direct` and `direct_few_shot` are shown, and that nothing is trained."""
+
 from dataclasses import replace
 
 import pytest
-import tracekd_utils as tk
 from conftest import make_workspace, notebook_functions, papermill
+
+import tracekd_utils as tk
 
 nb = notebook_functions("02_corrupt_traces")
 
@@ -21,7 +23,8 @@ def test_the_prompt_of_direct_is_as_it_was(example):
         "carried-count, place-before, size-compare. Then copy the facts that are needed from the "
         "context. Then answer in as few words as possible. Write exactly this format and nothing "
         "else:\n<think>Question type: the type\nFacts:\n- a fact\n- another fact</think>\n"
-        "<answer>the answer</answer>")
+        "<answer>the answer</answer>"
+    )
 
 
 def test_shots_are_training_items_of_other_stories(pool):
@@ -37,8 +40,10 @@ def test_shots_are_training_items_of_other_stories(pool):
 
 def test_another_question_on_the_story_is_never_a_shot(pool):
     e = pool.splits["test"][0]
-    twins = [replace(e, id=f"microworld/train/t{k}", split="train",
-                     facts=e.facts[:len(e.facts) - k]) for k in range(3)]
+    twins = [
+        replace(e, id=f"microworld/train/t{k}", split="train", facts=e.facts[: len(e.facts) - k])
+        for k in range(3)
+    ]
     strangers = pool.splits["train"][:5]
     study = nb.Pool([*twins, *(s for s in strangers if not nb.same_story(s, e)), e])
     for seed in range(50):
@@ -59,7 +64,8 @@ def test_worked_examples_stand_before_the_prompt_of_direct(pool):
     assert n == 4 and text == "".join(
         f"Example {k}:\n{tk.render_prompt(s)}"
         f"{tk.render_target(s, nb.make_trace(s, 'correct', pool))}\n\n"
-        for k, s in enumerate(shots, start=1)) + tk.render_prompt(e, direct=True)
+        for k, s in enumerate(shots, start=1)
+    ) + tk.render_prompt(e, direct=True)
 
 
 def test_fewer_examples_are_shown_where_the_window_is_short(pool):
@@ -83,26 +89,42 @@ def test_both_are_untrained_wherever_it_matters(outside_root):
     study = notebook_functions("00_run_study")
     study.of_run.__globals__.update(chosen=study.PROFILES["laptop"])
     assert [study.of_run(c, "babi") for c in (*tk.UNTRAINED, "correct")] == [
-        {"max_new_tokens": 64}, {"max_new_tokens": 64}, {}]
+        {"max_new_tokens": 64},
+        {"max_new_tokens": 64},
+        {},
+    ]
     marco = {"max_new_tokens": 448, "batch_size": 4}
     assert [study.of_run(c, d) for c in ("direct", "correct") for d in ("cotempqa", "marco")] == [
-        {"max_new_tokens": 224}, marco] * 2
+        {"max_new_tokens": 224},
+        marco,
+    ] * 2
     study.of_run.__globals__.update(chosen=study.PROFILES["paper"])
     assert study.of_run("correct", "marco") == study.PROFILES["paper"]["run"]
 
 
 def test_a_few_shot_run_trains_nothing(tmp_path):
     folder = make_workspace(tmp_path)
-    tk.write_jsonl(folder / "data/interim/microworld/examples.jsonl", notebook_functions(
-        "01_decompose_problems").make_microworld(24, 12, 12))
+    tk.write_jsonl(
+        folder / "data/interim/microworld/examples.jsonl",
+        notebook_functions("01_decompose_problems").make_microworld(24, 12, 12),
+    )
     options = ("-p", "study", "few", "-p", "student", "tiny")
     done = papermill(folder, "02_corrupt_traces", *options, "-p", "conditions", "direct_few_shot")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "rows by number of worked examples: {4: 48}" in done.stderr
-    done = papermill(folder, "03_finetune_student", *options, "-p", "condition",
-                     "direct_few_shot", "-p", "max_new_tokens", "8")
+    done = papermill(
+        folder,
+        "03_finetune_student",
+        *options,
+        "-p",
+        "condition",
+        "direct_few_shot",
+        "-p",
+        "max_new_tokens",
+        "8",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    results, = folder.glob("data/results/few/*direct_few_shot*")
+    (results,) = folder.glob("data/results/few/*direct_few_shot*")
     assert len(tk.read_jsonl(results / "predictions.jsonl")) == 12
     assert not (results / "training_curve.csv").exists()
     assert not list(folder.glob("data/runs/*/adapter"))

@@ -11,6 +11,7 @@
 
 No request leaves the machine; the hub's cache is in a temporary folder.
 """
+
 import hashlib
 import io
 import json
@@ -27,10 +28,11 @@ from urllib.parse import unquote, urlsplit
 import huggingface_hub as hf
 import pandas as pd
 import pytest
-import tracekd_utils as tk
 from conftest import ROOT, notebook_functions
 from families import make_llama
 from huggingface_hub import constants
+
+import tracekd_utils as tk
 
 NB = notebook_functions("01_decompose_problems")
 LLAMA = "meta-llama/Llama-3.2-1B-Instruct"
@@ -61,6 +63,7 @@ class Hub:
 
             def log_message(self, *_):
                 pass
+
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -74,20 +77,34 @@ class Hub:
         self.log.append((request.command, path, request.headers.get("Range")))
         api = re.fullmatch(r"api/(models|datasets)/([^/]+/[^/]+)/(tree|commits)/([^/]+)", path)
         file = re.fullmatch(r"((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
-        name = (("datasets/" if api[1] == "datasets" else "") + api[2]) if api else (
-            file and file[1])
+        name = (
+            (("datasets/" if api[1] == "datasets" else "") + api[2]) if api else (file and file[1])
+        )
         if name not in self.repositories:
             return self.refuse(request, 404, "RepoNotFound")
         commits, files = self.commits[name], self.repositories[name]
         if api and api[3] == "commits":
-            return self.send(request, json.dumps([
-                {"id": c, "authors": [], "date": "2024-06-13T00:00:00.000Z", "title": "",
-                 "message": ""} for c in commits]).encode())
+            return self.send(
+                request,
+                json.dumps(
+                    [
+                        {
+                            "id": c,
+                            "authors": [],
+                            "date": "2024-06-13T00:00:00.000Z",
+                            "title": "",
+                            "message": "",
+                        }
+                        for c in commits
+                    ]
+                ).encode(),
+            )
         if (api or file)[4 if api else 2] not in commits:
             return self.refuse(request, 404, "RevisionNotFound")
         if api:
-            return self.send(request, json.dumps([self.entry(k, v) for k, v in files.items()]
-                                                 ).encode())
+            return self.send(
+                request, json.dumps([self.entry(k, v) for k, v in files.items()]).encode()
+            )
         if name in self.gated and not request.headers.get("Authorization"):
             return self.refuse(request, 401, "GatedRepo")
         if file[3] not in files:
@@ -97,17 +114,27 @@ class Hub:
     @staticmethod
     def entry(path, data):
         """Row of a tree: weights are stored by SHA-256, other files by git's SHA-1."""
-        row = {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(
-            b"blob %d\0" % len(data) + data).hexdigest()}
+        row = {
+            "type": "file",
+            "path": path,
+            "size": len(data),
+            "oid": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(),
+        }
         if path.endswith((".safetensors", ".parquet")):
-            row["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data),
-                          "pointerSize": 130}
+            row["lfs"] = {
+                "oid": hashlib.sha256(data).hexdigest(),
+                "size": len(data),
+                "pointerSize": 130,
+            }
         return row
 
     def send_file(self, request, commit, path, data):
         entry = self.entry(path, data)
-        head = {"X-Repo-Commit": commit, "ETag": f'"{entry.get("lfs", entry)["oid"]}"',
-                "Accept-Ranges": "bytes"}
+        head = {
+            "X-Repo-Commit": commit,
+            "ETag": f'"{entry.get("lfs", entry)["oid"]}"',
+            "Accept-Ranges": "bytes",
+        }
         if request.command == "HEAD":
             return self.send(request, data, head)
         data, status = self.sent.get(path, data), 200
@@ -141,8 +168,9 @@ def point_at(monkeypatch, url, offline=False):
     """Let huggingface_hub, imported already, take `url` for the hub."""
     hf.close_session()  # its client knows the proxies of the environment
     monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
-                        url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
 
 
@@ -166,16 +194,30 @@ def hub(monkeypatch, tmp_path):
 
 
 def story(number):
-    return [(1, f"Mary went to room {number}.", "", []), (2, "John took the ball.", "", []),
-            (3, "Where is Mary?", f"room {number}", [1]), (4, "What is it?", "a,b", [1, 2])]
+    return [
+        (1, f"Mary went to room {number}.", "", []),
+        (2, "John took the ball.", "", []),
+        (3, "Where is Mary?", f"room {number}", [1]),
+        (4, "What is it?", "a,b", [1, 2]),
+    ]
 
 
 def parquet(stories):
     """A table as the hub has it: one row a story, lists of ids, types, texts, answers."""
-    table = pd.DataFrame({"story": [{
-        "id": [str(i) for i, *_ in lines], "type": [int(bool(ids)) for *_, ids in lines],
-        "text": [text for _, text, *_ in lines], "answer": [a for _, _, a, _ in lines],
-        "supporting_ids": [list(map(str, ids)) for *_, ids in lines]} for lines in stories]})
+    table = pd.DataFrame(
+        {
+            "story": [
+                {
+                    "id": [str(i) for i, *_ in lines],
+                    "type": [int(bool(ids)) for *_, ids in lines],
+                    "text": [text for _, text, *_ in lines],
+                    "answer": [a for _, _, a, _ in lines],
+                    "supporting_ids": [list(map(str, ids)) for *_, ids in lines],
+                }
+                for lines in stories
+            ]
+        }
+    )
     buffer = io.BytesIO()
     table.to_parquet(buffer)
     return buffer.getvalue()
@@ -184,15 +226,21 @@ def parquet(stories):
 @pytest.fixture(scope="module")
 def babi_files():
     # no two alike: the cache keeps equal files once
-    return {f"en-qa{n}/{split}/0000.parquet": parquet([story(k) for k in range(n + extra)])
-            for n in range(1, 21) for split, extra in (("train", 30), ("test", 1))}
+    return {
+        f"en-qa{n}/{split}/0000.parquet": parquet([story(k) for k in range(n + extra)])
+        for n in range(1, 21)
+        for split, extra in (("train", 30), ("test", 1))
+    }
 
 
 @pytest.fixture
 def babi(hub, babi_files):
     """The hub with bAbI, beside files of other configurations."""
-    hub.repositories[BABI] = {**babi_files, "en-10k-qa1/test/0000.parquet": b"large",
-                              "README.md": b"read me"}
+    hub.repositories[BABI] = {
+        **babi_files,
+        "en-10k-qa1/test/0000.parquet": b"large",
+        "README.md": b"read me",
+    }
     hub.commits[BABI] = [NB.BABI[1]]
     return hub
 
@@ -201,11 +249,11 @@ def babi(hub, babi_files):
 def cotempqa(hub, monkeypatch):
     """The hub with CoTempQA, three rows a file."""
     row = json.dumps({"question": "%s?", "facts": ["F in 1999."], "answer": ["A"]}) + "\n"
-    hub.repositories[COTEMPQA] = {f"{k}.json": 3 * (row % k).encode()
-                                  for k in NB.COTEMPQA_ROWS}
+    hub.repositories[COTEMPQA] = {f"{k}.json": 3 * (row % k).encode() for k in NB.COTEMPQA_ROWS}
     hub.commits[COTEMPQA] = COMMITS
-    monkeypatch.setitem(NB.raw_folder.__globals__, "COTEMPQA_ROWS",
-                        dict.fromkeys(NB.COTEMPQA_ROWS, 3))
+    monkeypatch.setitem(
+        NB.raw_folder.__globals__, "COTEMPQA_ROWS", dict.fromkeys(NB.COTEMPQA_ROWS, 3)
+    )
     return hub
 
 
@@ -213,11 +261,14 @@ def cotempqa(hub, monkeypatch):
 def marco(hub, data_dir):
     """The hub with four records of MARCO's validation part, and a part for training."""
     from datasets import Dataset
+
     lines = (data_dir / "msmarco/sample_v2.1.jsonl").read_text().splitlines()
     buffer = io.BytesIO()
     Dataset.from_list([*map(json.loads, lines[:2] + lines[-2:])]).to_parquet(buffer)
-    hub.repositories[MARCO] = {NB.MARCO_PART: buffer.getvalue(),
-                               "v2.1/train-00000-of-00007.parquet": b"large"}
+    hub.repositories[MARCO] = {
+        NB.MARCO_PART: buffer.getvalue(),
+        "v2.1/train-00000-of-00007.parquet": b"large",
+    }
     hub.commits[MARCO] = [NB.MARCO[1]]
     return hub
 
@@ -231,8 +282,10 @@ def llama(tmp_path_factory):
 
 @pytest.fixture
 def student(hub, llama):
-    hub.repositories |= {LLAMA: {**llama, "original/consolidated.00.pth": b"a pickle"},
-                         "someone/tiny": llama}
+    hub.repositories |= {
+        LLAMA: {**llama, "original/consolidated.00.pth": b"a pickle"},
+        "someone/tiny": llama,
+    }
     hub.commits |= {LLAMA: [tk.PINS[LLAMA]], "someone/tiny": ["a" * 40]}
     return hub
 
@@ -247,10 +300,19 @@ def test_babi_arrives_once_in_its_official_format(babi):
     folder = NB.raw_folder("babi")
     assert folder == tk.RAW / "babi/en" and len(list(folder.iterdir())) == 40
     assert NB.parse_babi(folder / "qa2_two-supporting-facts_test.txt")[2] == [
-        (("Mary went to room 2.", "John took the ball."), "Where is Mary?", ("room 2",),
-         ("Mary went to room 2.",)),
-        (("Mary went to room 2.", "John took the ball."), "What is it?", ("a", "b"),
-         ("Mary went to room 2.", "John took the ball."))]
+        (
+            ("Mary went to room 2.", "John took the ball."),
+            "Where is Mary?",
+            ("room 2",),
+            ("Mary went to room 2.",),
+        ),
+        (
+            ("Mary went to room 2.", "John took the ball."),
+            "What is it?",
+            ("a", "b"),
+            ("Mary went to room 2.", "John took the ball."),
+        ),
+    ]
     assert not [p for _, p, _ in babi.log if "10k" in p or "README" in p]
     assert {p.split("/")[4] for _, p, _ in babi.log if "/resolve/" in p} == {NB.BABI[1]}
     assert (tk.RAW / "hub/dataset--facebook--babi_qa").read_text() == NB.BABI[1]
@@ -270,7 +332,7 @@ def test_the_real_babi_comes_back_through_the_hubs_table(babi, data_dir):
     babi.repositories[BABI]["en-qa8/train/0000.parquet"] = parquet(stories[:-1])
     found = NB.parse_babi(NB.raw_folder("babi") / name)
     official = NB.parse_babi(data_dir / "babi/en" / name)
-    assert len(found) > 20 and found == official[:len(found)]
+    assert len(found) > 20 and found == official[: len(found)]
 
 
 def test_marco_arrives_once_record_by_record(marco, data_dir):
@@ -334,11 +396,20 @@ tk.RAW = Path("raw").resolve()
 print(notebook_functions("01_decompose_problems").raw_folder("babi"))
 print(type(tk.load_student("someone/tiny")[0]).__name__)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True,
-                          capture_output=True, env={
-        **os.environ, "HF_ENDPOINT": babi.url, "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        env={
+            **os.environ,
+            "HF_ENDPOINT": babi.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        },
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == [str(tmp_path / "raw/babi/en"), "LlamaForCausalLM"]
     assert (tmp_path / "home/hub/models--someone--tiny").is_dir()
@@ -361,9 +432,13 @@ def test_other_bytes_of_a_dataset_are_refused_and_not_kept(babi):
     data = babi.repositories[BABI][path]
     babi.sent[path] = data[:-1] + b"?"
     for _ in range(2):  # a failure is not taken for a success the second time
-        with pytest.raises(RuntimeError, match=(
+        with pytest.raises(
+            RuntimeError,
+            match=(
                 rf"{NB.BABI[0]} at {NB.BABI[1]} .*{path}: {algorithm} is [0-9a-f]+, not "
-                f"{hashlib.sha256(data).hexdigest()}")):
+                f"{hashlib.sha256(data).hexdigest()}"
+            ),
+        ):
             NB.raw_folder("babi")
         assert nothing_in_raw()
     babi.sent.clear()
@@ -393,8 +468,9 @@ def test_a_dataset_with_other_rows_leaves_nothing(cotempqa):
     assert not (tk.RAW / "cotempqa").exists()
 
 
-@pytest.mark.parametrize("content", ["no table", {"text": [1]}, {"story": [1]},
-                                     {"story": [{"id": ["1"]}]}], ids=repr)
+@pytest.mark.parametrize(
+    "content", ["no table", {"text": [1]}, {"story": [1]}, {"story": [{"id": ["1"]}]}], ids=repr
+)
 def test_a_table_of_another_form_leaves_nothing(babi, content):
     buffer = io.BytesIO(content.encode() if isinstance(content, str) else b"")
     if not isinstance(content, str):
@@ -416,6 +492,7 @@ def test_a_write_that_fails_leaves_no_folder(babi, monkeypatch, failing):
         if next(count) == failing:
             raise OSError("disk full")
         return real(path, content)
+
     monkeypatch.setattr(tk, "write_atomic", write)
     with pytest.raises(RuntimeError, match="disk full"):
         NB.raw_folder("babi")
@@ -434,9 +511,13 @@ def test_a_folder_with_other_files_is_left_alone(cotempqa):
 @pytest.mark.parametrize("name", DATASETS)
 def test_a_dataset_that_is_not_there_is_named(hub, name):
     repository, commit = DATASETS[name]
-    with pytest.raises(RuntimeError, match=(
+    with pytest.raises(
+        RuntimeError,
+        match=(
             rf"{repository} at {commit}.*no such repository, commit or file; or put its files "
-            rf"\(.*\) into .*{name}.*TRACEKD_DATA_DIR")):
+            rf"\(.*\) into .*{name}.*TRACEKD_DATA_DIR"
+        ),
+    ):
         NB.raw_folder(name)
     assert nothing_in_raw()
 
@@ -458,8 +539,10 @@ def test_a_file_that_is_not_there_is_named(babi):
 
 def test_a_student_that_is_not_there_is_named(hub):
     for name, commit in ((LLAMA, tk.PINS[LLAMA]), ("someone/else", "main")):
-        with pytest.raises(RuntimeError, match=(
-                f"{name} at {commit} .*no such repository.*give a local folder as student")):
+        with pytest.raises(
+            RuntimeError,
+            match=(f"{name} at {commit} .*no such repository.*give a local folder as student"),
+        ):
             tk.load_student(name)
     assert nothing_in_raw()
 
@@ -467,9 +550,13 @@ def test_a_student_that_is_not_there_is_named(hub):
 def test_a_gated_student_says_what_to_do(student):
     student.gated.add(LLAMA)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=(
+        with pytest.raises(
+            RuntimeError,
+            match=(
                 f"{LLAMA} at {tk.PINS[LLAMA]} .*accept the licence on its page, then set "
-                "HF_TOKEN or run `hf auth login`; or give a local folder")):
+                "HF_TOKEN or run `hf auth login`; or give a local folder"
+            ),
+        ):
             tk.load_student(LLAMA)
     assert nothing_in_raw()
 
@@ -478,8 +565,10 @@ def test_a_gated_student_says_what_to_do(student):
 def test_without_a_network_the_message_says_what_to_do(hub, monkeypatch, offline):
     point_at(monkeypatch, "http://127.0.0.1:9", offline)  # nobody listens there
     for name, (repository, _) in DATASETS.items():
-        with pytest.raises(RuntimeError, match=(
-                f"{repository} at .*is there a network.*HF_HUB_OFFLINE=1.*data/README.md")) as e:
+        with pytest.raises(
+            RuntimeError,
+            match=(f"{repository} at .*is there a network.*HF_HUB_OFFLINE=1.*data/README.md"),
+        ) as e:
             NB.raw_folder(name)
         assert str(tk.RAW) in str(e.value) and "TRACEKD_DATA_DIR" in str(e.value)
     with pytest.raises(RuntimeError, match=f"{LLAMA} at .*network.*local folder as student"):

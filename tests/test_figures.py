@@ -1,4 +1,5 @@
 """`make figures` runs a notebook for every committed figure, and each figure is complete."""
+
 import ast
 import json
 import re
@@ -9,8 +10,9 @@ from collections import defaultdict
 import pytest
 from conftest import ROOT, make_workspace, papermill
 
-FILES = sorted(p.relative_to(ROOT / "figures") for p in (ROOT / "figures").rglob("*")
-               if p.is_file())
+FILES = sorted(
+    p.relative_to(ROOT / "figures") for p in (ROOT / "figures").rglob("*") if p.is_file()
+)
 NAMES = sorted({p.with_suffix("").as_posix() for p in FILES})
 
 
@@ -20,8 +22,12 @@ def make_figures(folder, run):
         copy = folder / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.touch()
-    return subprocess.run(["make", "-s", "-f", ROOT / "Makefile", "-o", "venv", "figures",
-                           f"RUN={run}"], cwd=folder, capture_output=True, text=True)
+    return subprocess.run(
+        ["make", "-s", "-f", ROOT / "Makefile", "-o", "venv", "figures", f"RUN={run}"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +52,22 @@ def calls(node, *names):
 
 def drawn_by(notebook, parameters):
     """Pattern of the figures that a notebook draws with these parameters."""
-    known = {"study": parameters.get("study"), "source.stem": parameters.get("dataset"),
-             "slug": parameters.get("source", "").replace("/", "-")
-             or rf"\w+_{parameters.get('run_id', '')[-8:]}"}
-    return "|".join("".join(
-        re.escape(part.value) if isinstance(part, ast.Constant) else
-        known.get(ast.unparse(part.value)) or r"[\w.-]+" for part in getattr(
-            node.args[1], "values", [node.args[1]]))
-        for node in nodes(notebook) if calls(node, "tk.save_figure"))
+    known = {
+        "study": parameters.get("study"),
+        "source.stem": parameters.get("dataset"),
+        "slug": parameters.get("source", "").replace("/", "-")
+        or rf"\w+_{parameters.get('run_id', '')[-8:]}",
+    }
+    return "|".join(
+        "".join(
+            re.escape(part.value)
+            if isinstance(part, ast.Constant)
+            else known.get(ast.unparse(part.value)) or r"[\w.-]+"
+            for part in getattr(node.args[1], "values", [node.args[1]])
+        )
+        for node in nodes(notebook)
+        if calls(node, "tk.save_figure")
+    )
 
 
 def test_every_committed_figure_is_drawn_by_a_job_and_every_job_draws_some(jobs):
@@ -75,16 +89,22 @@ def test_every_committed_figure_has_picture_vector_and_numbers(name):
 
 
 def is_set(node):
-    return isinstance(node, (ast.Set, ast.SetComp)) or calls(node, "set", "frozenset") or (
-        isinstance(node, ast.BinOp) and (is_set(node.left) or is_set(node.right)))
+    return (
+        isinstance(node, (ast.Set, ast.SetComp))
+        or calls(node, "set", "frozenset")
+        or (isinstance(node, ast.BinOp) and (is_set(node.left) or is_set(node.right)))
+    )
 
 
 def test_nothing_that_draws_walks_through_a_set(jobs):
     """Its order changes with the process: an SVG once had its texts in another order."""
     assert is_set(ast.parse("set(a) - {b}", mode="eval").body)
     for notebook in sorted({name for name, _ in jobs}):
-        walked = [ast.unparse(node.iter) for node in nodes(notebook)
-                  if isinstance(node, (ast.For, ast.comprehension)) and is_set(node.iter)]
+        walked = [
+            ast.unparse(node.iter)
+            for node in nodes(notebook)
+            if isinstance(node, (ast.For, ast.comprehension)) and is_set(node.iter)
+        ]
         assert not walked, f"{notebook}: sort {walked}"
 
 
@@ -98,11 +118,13 @@ def test_saved_results_give_the_committed_bytes(tmp_path):
     saved = folder / f"data/results/{name}.json"
     saved.parent.mkdir(parents=True)
     shutil.copy(ROOT / saved.relative_to(folder), saved)
-    done = papermill(folder, "08_stress_the_parser", "-p", "n_outputs", "0", "-r", "source",
-                     "published/babi")
+    done = papermill(
+        folder, "08_stress_the_parser", "-p", "n_outputs", "0", "-r", "source", "published/babi"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     drawn = sorted((folder / "figures").rglob("*.*"))
     assert [p.relative_to(folder / "figures") for p in drawn] == [
-        p for p in FILES if p.stem.endswith("_published-babi")]
+        p for p in FILES if p.stem.endswith("_published-babi")
+    ]
     for path in drawn:
         assert path.read_bytes() == (ROOT / path.relative_to(folder)).read_bytes(), path

@@ -149,9 +149,7 @@ def reaudit_rows(folder):
         "trace_ok",
         "phi_corrected",
     )
-    tables = {
-        d: json.loads((folder / f"{d}.json").read_text()) for d in ("cotempqa", "babi")
-    }
+    tables = {d: json.loads((folder / f"{d}.json").read_text()) for d in ("cotempqa", "babi")}
     return {
         d: {
             "sha256": sha256(table),
@@ -182,9 +180,7 @@ def tiny_rows():
         cited = "\n- ".join(["Facts:", facts[i % len(facts)]])
         rows.append(
             {
-                "prompt": "Context:\n"
-                + "\n".join(facts)
-                + f"\nQuestion: Where is {one}?\n",
+                "prompt": "Context:\n" + "\n".join(facts) + f"\nQuestion: Where is {one}?\n",
                 "target": f"<think>Question type: person-place\n{cited}</think>\n"
                 f"<answer>{here}</answer>",
             }
@@ -220,10 +216,7 @@ def train_tiny(run_dir):
         adapter = finetune(tiny_rows(), run_dir)
     finally:
         torch.set_num_threads(threads)
-    tensors = {
-        k: v.float()
-        for k, v in load_file(adapter / "adapter_model.safetensors").items()
-    }
+    tensors = {k: v.float() for k, v in load_file(adapter / "adapter_model.safetensors").items()}
     return {
         "machine": machine(),
         "tensors": {
@@ -243,9 +236,7 @@ def train_tiny(run_dir):
 golden = json.loads(GOLDEN.read_text())
 RUNS = sorted(golden["runs"])
 CALLS = [
-    call
-    for call in golden["training_files"]
-    if call["often"] or os.environ.get("GOLDEN") == "all"
+    call for call in golden["training_files"] if call["often"] or os.environ.get("GOLDEN") == "all"
 ]
 
 
@@ -297,10 +288,7 @@ def interim(tmp_path_factory, data_dir):
 def examples(interim):
     """{dataset: {id: example}}"""
     return {
-        d: {
-            e.id: e
-            for e in tk.read_examples(interim / "data/interim" / d / "examples.jsonl")
-        }
+        d: {e.id: e for e in tk.read_examples(interim / "data/interim" / d / "examples.jsonl")}
         for d in DATASETS
     }
 
@@ -362,11 +350,7 @@ def flat(value, name=""):
     """{path: number or text} of a nested dictionary."""
     if not isinstance(value, dict):
         return {name: value}
-    return {
-        k: v
-        for key, part in value.items()
-        for k, v in flat(part, f"{name}/{key}").items()
-    }
+    return {k: v for key, part in value.items() for k, v in flat(part, f"{name}/{key}").items()}
 
 
 @pytest.mark.parametrize("run_id", [k for k in RUNS if "rescored" in golden["runs"][k]])
@@ -401,8 +385,7 @@ def test_training_files_are_those_of_before(call, with_student):
     assert done.returncode == 0, done.stderr[-2000:]
     folder = with_student / "data" / "interim"
     assert call["files"] == {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        for name in call["files"]
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in call["files"]
     }
     runs = [r for r in golden["runs"].items() if r[1]["training_file"] in call["files"]]
     with pytest.MonkeyPatch.context() as patch:

@@ -1,14 +1,16 @@
 """Forced traces: tokens, cached answers, planted answers, metrics, resuming, bad runs."""
+
 import json
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
-import tracekd_utils as tk
 from conftest import make_workspace, notebook_functions, papermill
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import tracekd_utils as tk
 
 nb = notebook_functions("06_intervene_on_traces")
 SPACE = nb.make_item.__globals__  # what the notebook's functions see as globals
@@ -19,6 +21,7 @@ STUDY = "forced"
 def plain():
     """The tiny student in float32, its weights enlarged so that every token matters."""
     import torch
+
     model, tokenizer = tk.load_student("tiny", quantize=False)
     with torch.no_grad():
         for p in model.float().parameters():
@@ -31,16 +34,32 @@ def items(microworld, corrupter, plain, monkeypatch):
     """Ten items whose own trace is the gold one, with all that is forced on them."""
     examples = [e for e in microworld if e.split == "test"][:10]
     pool = corrupter.Pool(examples)
-    texts = {a: {e.id: tk.render_target(e, corrupter.make_trace(e, c, pool)).partition(
-        "<answer>")[0] + "<answer>" for e in examples} for a, c in nb.FILES.items()}
-    for name, value in (("examples", {e.id: e for e in examples}), ("texts", texts),
-                        ("prompts", {e.id: tk.render_prompt(e) for e in examples}),
-                        ("run", {"protocol": "controlled"})):
+    texts = {
+        a: {
+            e.id: tk.render_target(e, corrupter.make_trace(e, c, pool)).partition("<answer>")[0]
+            + "<answer>"
+            for e in examples
+        }
+        for a, c in nb.FILES.items()
+    }
+    for name, value in (
+        ("examples", {e.id: e for e in examples}),
+        ("texts", texts),
+        ("prompts", {e.id: tk.render_prompt(e) for e in examples}),
+        ("run", {"protocol": "controlled"}),
+    ):
         monkeypatch.setitem(SPACE, name, value)
     known = nb.answers_of(examples)
-    return [nb.make_item(plain[1], {"id": e.id, "output": text, "output_ids": plain[1](
-        text).input_ids}, "before", known) for e in examples for text in [
-            texts["gold"][e.id] + "; ".join(e.answers) + "</answer>"]]
+    return [
+        nb.make_item(
+            plain[1],
+            {"id": e.id, "output": text, "output_ids": plain[1](text).input_ids},
+            "before",
+            known,
+        )
+        for e in examples
+        for text in [texts["gold"][e.id] + "; ".join(e.answers) + "</answer>"]
+    ]
 
 
 # ------------------------------------------------------------------------- tokens
@@ -54,8 +73,7 @@ def test_forced_tokens_and_answers_are_those_of_training(items, plain):
             forced = item.forced[arm]
             target = text + "; ".join(item.example.answers) + "</answer>"
             ids, _ = tk.encode(tokenizer, tk.render_prompt(item.example), target)
-            assert ids == [*item.prompt, *forced.ids, *forced.tails[0],
-                           tokenizer.eos_token_id]
+            assert ids == [*item.prompt, *forced.ids, *forced.tails[0], tokenizer.eos_token_id]
             assert forced.lead == "" and len(forced.tails) == 1 + bool(item.planted)
         assert item.forced["own"] == item.forced["gold"] == item.forced["cut_100"]
         assert item.forced["cut_0"] == item.forced["empty"]
@@ -80,7 +98,7 @@ def test_own_tokens_are_forced_as_they_were_written(plain):
     other = nb.force_text(tokenizer, "<answer>", ["kitchen</answer>"])
     forced = nb.force_own(tokenizer, letters, other)
     head = text.partition("kitchen")[0]
-    assert forced.ids == letters[:len(head)] and forced.lead == ""
+    assert forced.ids == letters[: len(head)] and forced.lead == ""
     assert forced.tails == other.tails
     half = nb.force_cut(tokenizer, letters, 0.5, ["kitchen</answer>"])
     kept = len("<think>") + len("Question type: x\nFacts:\n- a b") // 2
@@ -89,10 +107,16 @@ def test_own_tokens_are_forced_as_they_were_written(plain):
     assert tokenizer.decode(half.tails[0]) == "kitchen</answer>"
 
 
-@pytest.mark.parametrize("text, own, cut", [
-    ("<think>a", False, False), ("<answer>a</answer>", True, False),
-    ("<answer>a</answer>\n<think>b</think>", True, False), ("", False, False),
-    ("<think>b</think>\n<answer>", True, True)])
+@pytest.mark.parametrize(
+    "text, own, cut",
+    [
+        ("<think>a", False, False),
+        ("<answer>a</answer>", True, False),
+        ("<answer>a</answer>\n<think>b</think>", True, False),
+        ("", False, False),
+        ("<think>b</think>\n<answer>", True, True),
+    ],
+)
 def test_outputs_without_an_answer_or_a_trace(plain, text, own, cut):
     tokenizer, ids = plain[1], plain[1](text).input_ids
     other = nb.force_text(tokenizer, "<answer>", ["a</answer>"])
@@ -105,11 +129,16 @@ def test_outputs_without_an_answer_or_a_trace(plain, text, own, cut):
 def test_a_tokenizer_that_joins_the_tag_with_the_answer(example):
     from tokenizers import Tokenizer, decoders, models, trainers
     from transformers import PreTrainedTokenizerFast
+
     bpe = Tokenizer(models.BPE())
     bpe.decoder = decoders.Fuse()
     head = "<think></think>\n<answer>"
-    bpe.train_from_iterator([">kitchen", ">garden"] * 50, trainers.BpeTrainer(
-        vocab_size=60, show_progress=False, initial_alphabet=sorted(set(head + "/"))))
+    bpe.train_from_iterator(
+        [">kitchen", ">garden"] * 50,
+        trainers.BpeTrainer(
+            vocab_size=60, show_progress=False, initial_alphabet=sorted(set(head + "/"))
+        ),
+    )
     joins = PreTrainedTokenizerFast(tokenizer_object=bpe)
     ends = ["kitchen</answer>", "garden</answer>"]
     forced = nb.force_text(joins, head, ends)
@@ -124,6 +153,7 @@ def test_a_tokenizer_that_joins_the_tag_with_the_answer(example):
 def reference(model, tokenizer, prompt, forced, tail):
     """Summed log-probability of `tail` by one plain pass over everything."""
     import torch
+
     ids = torch.tensor([prompt + forced.ids + tail])
     with torch.no_grad():
         scores = model(ids).logits[0].log_softmax(-1)
@@ -137,16 +167,23 @@ def test_cached_answers_are_those_without_a_cache(items, plain):
     assert len({len(i.prompt) for i in batch}) > 1
     jobs = [(n, f) for n, i in enumerate(batch) for f in i.forced.values()]
     found = nb.answer_all(model, tokenizer, [i.prompt for i in batch], jobs, 12)
-    plainly = tk.generate(model, tokenizer, [batch[n].prompt + f.ids for n, f in jobs],
-                          max_new_tokens=12, batch_size=1)
+    plainly = tk.generate(
+        model,
+        tokenizer,
+        [batch[n].prompt + f.ids for n, f in jobs],
+        max_new_tokens=12,
+        batch_size=1,
+    )
     for (n, forced), (text, values), ids in zip(jobs, found, plainly):
         assert text == tokenizer.decode(ids, skip_special_tokens=True)
         assert len(values) == len(forced.tails) == 1 + bool(batch[n].planted)
         for tail, value in zip(forced.tails, values):
-            assert value == pytest.approx(reference(
-                model, tokenizer, batch[n].prompt, forced, tail), abs=2e-3)
-    alone = [nb.answer_all(model, tokenizer, [batch[n].prompt], [(0, f)], 12)[0]
-             for n, f in jobs[::5]]
+            assert value == pytest.approx(
+                reference(model, tokenizer, batch[n].prompt, forced, tail), abs=2e-3
+            )
+    alone = [
+        nb.answer_all(model, tokenizer, [batch[n].prompt], [(0, f)], 12)[0] for n, f in jobs[::5]
+    ]
     assert [a[0] for a in alone] == [f[0] for f in found[::5]]
     spread = pd.Series([v[0] for _, v in found]).std()
     assert spread > 0.5  # traces change what is compared, by far more than its tolerance
@@ -154,10 +191,13 @@ def test_cached_answers_are_those_without_a_cache(items, plain):
 
 def test_writing_stops_at_the_closing_tag_or_the_limit(plain, monkeypatch):
     import torch
+
     _, tokenizer = plain
-    scripts = [tokenizer("kitchen</answer> and more").input_ids,
-               [*tokenizer("a").input_ids, tokenizer.eos_token_id, 5],
-               tokenizer("a b c d e f g h").input_ids]
+    scripts = [
+        tokenizer("kitchen</answer> and more").input_ids,
+        [*tokenizer("a").input_ids, tokenizer.eos_token_id, 5],
+        tokenizer("a b c d e f g h").input_ids,
+    ]
 
     def feed(model, state, ids, seen, keep):
         """Say the next token of the script that the row's last token belongs to."""
@@ -170,10 +210,12 @@ def test_writing_stops_at_the_closing_tag_or_the_limit(plain, monkeypatch):
 
     class Cache:
         """Stands for keys and values; remembers which rows are left."""
+
         step, rows = 0, [0, 1, 2]
 
         def batch_select_indices(self, which):
             self.rows = [self.rows[k] for k in which.tolist()]
+
     monkeypatch.setitem(SPACE, "feed", feed)
     first = torch.zeros(3, len(tokenizer))
     for row, script in enumerate(scripts):
@@ -188,13 +230,16 @@ def test_planted_answers_by_hand(example):
     known = {e.label: [("attic",), ("kitchen",), ("apple",), ("a", "b")]}
     # kitchen and apple stand in the gold facts, (a, b) are two
     assert nb.planted_answers(e, known, 0) == ("attic",)
-    assert nb.planted_trace(e, ("attic",)) == tk.Trace(label=e.label, facts=(
-        "Mary took the apple.", "Mary went to the attic."))
+    assert nb.planted_trace(e, ("attic",)) == tk.Trace(
+        label=e.label, facts=("Mary took the apple.", "Mary went to the attic.")
+    )
     assert nb.planted_answers(e, {e.label: [("kitchen",)]}, 0) is None  # no other one
     assert nb.planted_answers(replace(e, answers=("yes",)), known, 0) is None
     two = replace(e, answers=("apple", "Mary"))  # exchanged at once, not one after the other
     assert nb.planted_trace(two, ("mary", "lamp")).facts == (
-        "Lamp took the mary.", "Lamp went to the kitchen.")
+        "Lamp took the mary.",
+        "Lamp went to the kitchen.",
+    )
 
 
 def test_planted_traces_hold_the_planted_answer_and_not_the_gold_one(microworld):
@@ -215,8 +260,16 @@ def test_planted_traces_hold_the_planted_answer_and_not_the_gold_one(microworld)
 @settings(max_examples=50)
 @given(answer=st.text(min_size=1, max_size=6).filter(str.strip), fact=st.text(max_size=12))
 def test_planting_never_raises(answer, fact):
-    e = tk.Example(id="x", dataset="microworld", split="test", question="?", facts=(fact, "b"),
-                   label="size-compare", gold_facts=(fact,), answers=(answer,))
+    e = tk.Example(
+        id="x",
+        dataset="microworld",
+        split="test",
+        question="?",
+        facts=(fact, "b"),
+        label="size-compare",
+        gold_facts=(fact,),
+        answers=(answer,),
+    )
     planted = nb.planted_answers(e, {e.label: [("one",), ("two",)]}, 0)
     if planted:
         assert nb.planted_trace(e, planted).facts != (fact,)
@@ -235,9 +288,20 @@ def test_means_by_hand_and_without_spread():
 
 
 def rows(arm, said, ok, same=None, follows=None):
-    return [{"id": str(i), "arm": arm, "answers": a and [a], "gold": ["a"], "answer_ok": o,
-             "same_as_own": same, "follows": follows, "logprob_gold": -1.0,
-             "logprob_planted": None} for i, (a, o) in enumerate(zip(said, ok))]
+    return [
+        {
+            "id": str(i),
+            "arm": arm,
+            "answers": a and [a],
+            "gold": ["a"],
+            "answer_ok": o,
+            "same_as_own": same,
+            "follows": follows,
+            "logprob_gold": -1.0,
+            "logprob_planted": None,
+        }
+        for i, (a, o) in enumerate(zip(said, ok))
+    ]
 
 
 def test_metrics_of_an_arm_by_hand():
@@ -261,8 +325,9 @@ def test_answers_of_other_items_by_hand():
 
 def test_the_area_under_the_early_answering_curve(monkeypatch):
     flips = dict(zip(nb.CUTS, (1.0, 0.8, 0.5, 0.1, 0.0)))
-    monkeypatch.setitem(SPACE, "arms", {
-        f"cut_{c}": {"flip_rate": {"estimate": v}} for c, v in flips.items()})
+    monkeypatch.setitem(
+        SPACE, "arms", {f"cut_{c}": {"flip_rate": {"estimate": v}} for c, v in flips.items()}
+    )
     curve, area = nb.early_answering()
     assert [s for s, _ in curve] == [0, 0.25, 0.5, 0.75, 1]
     assert [y for _, y in curve] == pytest.approx([0, 0.2, 0.5, 0.9, 1])
@@ -294,6 +359,7 @@ def test_a_killed_notebook_goes_on_where_it_stopped(items, plain, tmp_path, monk
         if len(calls) == 3:
             raise KeyboardInterrupt
         return answer_all(*given)
+
     monkeypatch.setitem(SPACE, "answer_all", killed)
     with pytest.raises(KeyboardInterrupt):
         nb.intervene(model, tokenizer, items[:6], path, nb.done_rows(path, items[:6]))
@@ -317,12 +383,24 @@ def test_an_answer_or_a_trace_longer_than_the_window(items):
         nb.check_window(items, 60, 8)
 
 
-def make_run(study="bad", condition="correct", protocol="controlled", predictions=(),
-             name="microworld-tiny"):
+def make_run(
+    study="bad", condition="correct", protocol="controlled", predictions=(), name="microworld-tiny"
+):
     folder = tk.RESULTS / study / name
-    metrics = {"run_id": name, "n_test": 1, "data_hash": "0" * 64, "parameters": {
-        **tk.notebook_defaults("03_finetune_student"), "student": "tiny", "n_train": 1,
-        "condition": condition, "protocol": protocol, "study": study, "epochs": 1}}
+    metrics = {
+        "run_id": name,
+        "n_test": 1,
+        "data_hash": "0" * 64,
+        "parameters": {
+            **tk.notebook_defaults("03_finetune_student"),
+            "student": "tiny",
+            "n_train": 1,
+            "condition": condition,
+            "protocol": protocol,
+            "study": study,
+            "epochs": 1,
+        },
+    }
     tk.write_json(folder / "metrics.json", metrics)
     tk.write_jsonl(folder / "predictions.jsonl", predictions)
     return metrics, folder
@@ -356,8 +434,9 @@ def test_a_training_file_of_other_content_is_refused(outside_root, monkeypatch):
     path = tk.sft_path("microworld", "controlled", "correct", 1.0, 0)
     before = path.read_bytes() if path.exists() else None
     tk.write_jsonl(path, [{"id": "a"}])
-    with pytest.raises(ValueError, match="not the training file of microworld-tiny-correct.*"
-                                         "run 01 and 02 again"):
+    with pytest.raises(
+        ValueError, match="not the training file of microworld-tiny-correct.*run 01 and 02 again"
+    ):
         nb.training_rows(metrics)
     path.unlink() if before is None else path.write_bytes(before)
 
@@ -372,11 +451,19 @@ def blind_student(folder, words):
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
     tokenizer = AutoTokenizer.from_pretrained(tk.student_folder("tiny"))
     assert len(tokenizer) <= 512
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=512, intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=8, eos_token_id=tokenizer.eos_token_id))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=512,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=8,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
     chain = tokenizer(">" + words).input_ids
     with torch.no_grad():
         for p in model.parameters():
@@ -388,7 +475,8 @@ def blind_student(folder, words):
     model.save_pretrained(folder / "blind")
     tokenizer.save_pretrained(folder / "blind")
     get_peft_model(model, LoraConfig(r=2, target_modules=tk.PROJECTIONS)).save_pretrained(
-        folder / "adapter")
+        folder / "adapter"
+    )
     return tokenizer
 
 
@@ -399,22 +487,50 @@ def add_run(monkeypatch, folder, condition, examples, corrupter, tokenizer, answ
     tk.write_jsonl(tk.INTERIM / "microworld/examples.jsonl", examples)
     pool = corrupter.Pool(examples)
     for c in {*nb.FILES.values(), condition}:
-        tk.write_jsonl(tk.sft_path("microworld", "controlled", c, 1.0, 0), [
-            {"id": e.id, "split": e.split, "condition": c, "prompt": tk.render_prompt(e),
-             "target": tk.render_target(e, corrupter.make_trace(e, c, pool))}
-            for e in examples])
-    run = tk.resolve_run({**tk.notebook_defaults("03_finetune_student"), "epochs": 1,
-                          "student": "data/blind", "condition": condition, "study": STUDY,
-                          "quantize": False}, STUDY)
+        tk.write_jsonl(
+            tk.sft_path("microworld", "controlled", c, 1.0, 0),
+            [
+                {
+                    "id": e.id,
+                    "split": e.split,
+                    "condition": c,
+                    "prompt": tk.render_prompt(e),
+                    "target": tk.render_target(e, corrupter.make_trace(e, c, pool)),
+                }
+                for e in examples
+            ],
+        )
+    run = tk.resolve_run(
+        {
+            **tk.notebook_defaults("03_finetune_student"),
+            "epochs": 1,
+            "student": "data/blind",
+            "condition": condition,
+            "study": STUDY,
+            "quantize": False,
+        },
+        STUDY,
+    )
     rows = []
     for e in (e for e in examples if e.split == "test"):
-        text = tk.render_target(replace(e, answers=(answer,)), corrupter.make_trace(
-            e, condition, pool)) if len(rows) else "unreadable"
+        text = (
+            tk.render_target(
+                replace(e, answers=(answer,)), corrupter.make_trace(e, condition, pool)
+            )
+            if len(rows)
+            else "unreadable"
+        )
         rows.append({"id": e.id, "output": text, "output_ids": tokenizer(text).input_ids})
     tk.write_jsonl(run["results_dir"] / "predictions.jsonl", rows)
-    tk.write_json(run["results_dir"] / "metrics.json", {
-        "parameters": {**run["parameters"], "n_train": 4}, "n_test": len(rows),
-        "run_id": run["run_id"], "data_hash": run["data_hash"]})
+    tk.write_json(
+        run["results_dir"] / "metrics.json",
+        {
+            "parameters": {**run["parameters"], "n_train": 4},
+            "n_test": len(rows),
+            "run_id": run["run_id"],
+            "data_hash": run["data_hash"],
+        },
+    )
     run["run_dir"].mkdir(parents=True)
     (folder / "data/adapter").rename(run["run_dir"] / "adapter")
     return run["results_dir"]
@@ -453,8 +569,15 @@ def test_a_student_that_cannot_use_its_trace(tmp_path, microworld, corrupter):
     done = papermill(tmp_path, "06_intervene_on_traces", "-p", "study", STUDY)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads((results / "interventions.json").read_text())
-    assert set(found) == {"n", "own_identical", "arms", "ate_answer_ok", "ate_interval",
-                          "early_answering", "area"}
+    assert set(found) == {
+        "n",
+        "own_identical",
+        "arms",
+        "ate_answer_ok",
+        "ate_interval",
+        "early_answering",
+        "area",
+    }
     assert (found["n"], found["own_identical"], found["ate_answer_ok"]) == (12, 1.0, 0.0)
     assert found["ate_interval"] is None and found["area"] == 1.0
     assert found["early_answering"] == [[c / 100, 1.0] for c in nb.CUTS]
@@ -465,14 +588,23 @@ def test_a_student_that_cannot_use_its_trace(tmp_path, microworld, corrupter):
     rows = pd.DataFrame(nb.unfold(lines))
     assert set(found["arms"]) == set(nb.ARMS) == set(rows["arm"])
     for arm, m in found["arms"].items():
-        assert set(m) == {"n", "answer_ok", "flip_rate", "follow_rate", "logprob_gold",
-                          "logprob_planted"}
+        assert set(m) == {
+            "n",
+            "answer_ok",
+            "flip_rate",
+            "follow_rate",
+            "logprob_gold",
+            "logprob_planted",
+        }
         assert m["n"] == (rows["arm"] == arm).sum() and m["flip_rate"] == 0.0
         assert m["n"] == {"own": 11, "masked": m["n"], "planted": m["n"]}.get(
-            arm, 11 if arm.startswith("cut") else 12)
+            arm, 11 if arm.startswith("cut") else 12
+        )
     assert found["arms"]["gold"]["answer_ok"] == sum(right) / 12
-    assert set(rows["answer"]) == {"office"} and (rows["answer_ok"] == rows["gold"].map(
-        lambda g: g == ["office"])).all()
+    assert (
+        set(rows["answer"]) == {"office"}
+        and (rows["answer_ok"] == rows["gold"].map(lambda g: g == ["office"])).all()
+    )
     # the said token has logit sqrt(512) = 22.6 against zeros: certain, and all others are not
     office = rows["gold"].map(lambda g: g == ["office"])
     assert rows.loc[office, "logprob_gold"].to_numpy() == pytest.approx(0, abs=1e-3)
@@ -481,12 +613,15 @@ def test_a_student_that_cannot_use_its_trace(tmp_path, microworld, corrupter):
     assert details["unreadable"] == 1 and details["left_out"]["own"] == 1
     assert details["identical"]["n"] == 11 and not details["off_distribution"]["gold"]
     drawn = {p.name.split("_correct_")[0] for p in (tmp_path / "figures" / STUDY).glob("*.png")}
-    assert drawn == {f"06_{m}" for m in ("answer_ok", "flip_rate", "follow_rate", "logprob",
-                                         "effects", "early_answering")}
+    assert drawn == {
+        f"06_{m}"
+        for m in ("answer_ok", "flip_rate", "follow_rate", "logprob", "effects", "early_answering")
+    }
 
 
 def test_a_vanilla_student_has_no_own_trace_and_a_reason(
-        tmp_path, microworld, corrupter, monkeypatch):
+    tmp_path, microworld, corrupter, monkeypatch
+):
     results, _ = forced_run(tmp_path, "vanilla", microworld, corrupter, "garden")
     execute(monkeypatch, tmp_path)
     found = json.loads((results / "interventions.json").read_text())
@@ -495,8 +630,7 @@ def test_a_vanilla_student_has_no_own_trace_and_a_reason(
     assert found["arms"]["own"]["n"] == 11 and found["arms"]["filler"]["flip_rate"] == 0.0
     details = json.loads((results / "interventions-details.json").read_text())
     assert "no trace" in details["identical"]["reason"]
-    assert all(v for a, v in details["off_distribution"].items()
-               if a not in ("own", "cut_100"))
+    assert all(v for a, v in details["off_distribution"].items() if a not in ("own", "cut_100"))
     before = {p.name: p.read_bytes() for p in results.iterdir()}
     for path in (tmp_path / "data/runs").glob("*/*"):  # rows are there: no student needed
         if path.name == "adapter":

@@ -1,14 +1,16 @@
 """MARCO: the layout of v2.1, bad records, the split, alternatives, the window, the licence."""
+
 import copy
 import json
 from collections import Counter
 from dataclasses import replace
 
 import pytest
-import tracekd_utils as tk
 from conftest import notebook_functions, papermill
 from hypothesis import given
 from hypothesis import strategies as st
+
+import tracekd_utils as tk
 
 NB = notebook_functions("01_decompose_problems", dataset="marco")
 NONE = NB.NO_ANSWER
@@ -16,12 +18,22 @@ NONE = NB.NO_ANSWER
 
 def record(number=1, **changes):
     """One record of the layout; a change is a top-level key, None takes it out."""
-    row = {"query_id": number, "query": f"how many legs has beetle {number}",
-           "query_type": "NUMERIC", "answers": [f"Six legs on number {number}."],
-           "wellFormedAnswers": [], "passages": {
-               "is_selected": [0, 1, 0], "url": ["", "", ""],
-               "passage_text": [f"Beetle {number} flies; at night.", f"All six legs of {number}.",
-                                f"A spider, {number} of them."]}}
+    row = {
+        "query_id": number,
+        "query": f"how many legs has beetle {number}",
+        "query_type": "NUMERIC",
+        "answers": [f"Six legs on number {number}."],
+        "wellFormedAnswers": [],
+        "passages": {
+            "is_selected": [0, 1, 0],
+            "url": ["", "", ""],
+            "passage_text": [
+                f"Beetle {number} flies; at night.",
+                f"All six legs of {number}.",
+                f"A spider, {number} of them.",
+            ],
+        },
+    }
     row.update(copy.deepcopy(changes))
     return {k: v for k, v in row.items() if v is not None}
 
@@ -37,28 +49,35 @@ def read(tmp_path, rows, **options):
 
 
 # --------------------------------------------------------------------------- bad records
-@pytest.mark.parametrize("change, reason", [
-    ({"query_type": None}, "another layout: no query_type"),
-    ({"query": None}, "another layout: no query "),
-    ({"query_id": "7"}, "another layout: no query_id"),
-    ({"answers": "six"}, "another layout: no answers"),
-    ({"passages": [{"passage_text": "a", "is_selected": 1}]}, "another layout: no passages"),
-    ({"query_type": "numeric"}, "another layout: query_type"),
-    ({"passages": {"passage_text": ["a b"]}}, "passages without is_selected"),
-    ({"passages": passages(marks=(1,))}, "ragged"),
-    ({"passages": passages(texts=("a",))}, "ragged"),
-    ({"passages": passages((), ())}, "another layout: passage_text"),
-    ({"passages": {"passage_text": "ab", "is_selected": [0, 1]}}, "another layout: passage_"),
-    ({"passages": passages(marks=(0, 2))}, "something else than 0 and 1"),
-    ({"passages": passages(marks=(0, True))}, "something else than 0 and 1"),
-    ({"passages": passages(texts=("a", None))}, "is no text"),
-    ({"answers": [None]}, "is no text"), ({"passages": passages(texts=("a", " "))}, "no word"),
-    ({"query": "?"}, "the query or a passage has no word"),
-    ({"answers": [""]}, "no answer has a word"), ({"answers": []}, "no answer has a word"),
-    ({"answers": ["$"]}, "no answer has a word"),
-    ({"passages": passages(marks=(0, 0))}, "no passage is selected although"),
-    ({"query": "How many legs has BEETLE 1?"}, "the query stands before"),
-    ({"query_id": 1}, "the query stands before")], ids=repr)
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"query_type": None}, "another layout: no query_type"),
+        ({"query": None}, "another layout: no query "),
+        ({"query_id": "7"}, "another layout: no query_id"),
+        ({"answers": "six"}, "another layout: no answers"),
+        ({"passages": [{"passage_text": "a", "is_selected": 1}]}, "another layout: no passages"),
+        ({"query_type": "numeric"}, "another layout: query_type"),
+        ({"passages": {"passage_text": ["a b"]}}, "passages without is_selected"),
+        ({"passages": passages(marks=(1,))}, "ragged"),
+        ({"passages": passages(texts=("a",))}, "ragged"),
+        ({"passages": passages((), ())}, "another layout: passage_text"),
+        ({"passages": {"passage_text": "ab", "is_selected": [0, 1]}}, "another layout: passage_"),
+        ({"passages": passages(marks=(0, 2))}, "something else than 0 and 1"),
+        ({"passages": passages(marks=(0, True))}, "something else than 0 and 1"),
+        ({"passages": passages(texts=("a", None))}, "is no text"),
+        ({"answers": [None]}, "is no text"),
+        ({"passages": passages(texts=("a", " "))}, "no word"),
+        ({"query": "?"}, "the query or a passage has no word"),
+        ({"answers": [""]}, "no answer has a word"),
+        ({"answers": []}, "no answer has a word"),
+        ({"answers": ["$"]}, "no answer has a word"),
+        ({"passages": passages(marks=(0, 0))}, "no passage is selected although"),
+        ({"query": "How many legs has BEETLE 1?"}, "the query stands before"),
+        ({"query_id": 1}, "the query stands before"),
+    ],
+    ids=repr,
+)
 def test_a_record_that_cannot_be_used_is_refused_and_listed(tmp_path, change, reason):
     rows = [record(k) for k in range(1, 12)]
     kept, found = read(tmp_path, [*rows, record(99, **change)])
@@ -82,18 +101,22 @@ def test_what_is_odd_but_usable_is_kept_and_listed(tmp_path):
     twice = record(2)["passages"]
     twice["passage_text"][2] = twice["passage_text"][0]
     rows = [record(k) for k in range(3, 14)] + [
-        record(1, answers=["Nothing that anybody wrote"]), record(2, passages=twice)]
+        record(1, answers=["Nothing that anybody wrote"]),
+        record(2, passages=twice),
+    ]
     kept, found = read(tmp_path, rows)
     by_number = {e.id.split("/")[-1]: e.id for e in kept}
     assert found["remarks"] == {
         "no passage holds half of an answer's words": [by_number["1"]],
-        "a passage stands twice": [by_number["2"]]}
+        "a passage stands twice": [by_number["2"]],
+    }
     assert len(kept) == 13 and found["refused"] == {}
 
 
 def test_rows_without_an_answer_stay_on_request_only(tmp_path):
     rows = [record(k) for k in range(1, 12)] + [
-        record(12, answers=[NONE], passages=passages(marks=(0, 0)))]
+        record(12, answers=[NONE], passages=passages(marks=(0, 0)))
+    ]
     kept, found = read(tmp_path, rows)
     assert found["left_out"][NONE] == ["record 12, query_id 12"] and len(kept) == 11
     assert found["keep_no_answer"] is False
@@ -103,9 +126,14 @@ def test_rows_without_an_answer_stay_on_request_only(tmp_path):
     assert found["remarks"] == {"no answer is present": [e.id]}
 
 
-@pytest.mark.parametrize("given, kept", [
-    (["Six.", "six legs ", "Six.", ""], ("Six.", "six legs")), ([NONE, "Six."], ("Six.",)),
-    (["a; b, c"], ("a; b, c",))])
+@pytest.mark.parametrize(
+    "given, kept",
+    [
+        (["Six.", "six legs ", "Six.", ""], ("Six.", "six legs")),
+        ([NONE, "Six."], ("Six.",)),
+        (["a; b, c"], ("a; b, c",)),
+    ],
+)
 def test_references_are_alternatives_each_once(tmp_path, given, kept):
     examples = NB.marco_rows(write(tmp_path, [record(answers=given)]))[0]
     assert [e.answers for e in examples] == [kept]
@@ -117,17 +145,27 @@ def write(tmp_path, rows):
 
 # ----------------------------------------------------------------------------- the split
 def test_the_split_depends_on_ids_alone(tmp_path):
-    rows = [record(k, query_type=label) for k, label in enumerate(
-        [*["DESCRIPTION"] * 40, *["PERSON"] * 11, "ENTITY"], start=1)]
+    rows = [
+        record(k, query_type=label)
+        for k, label in enumerate([*["DESCRIPTION"] * 40, *["PERSON"] * 11, "ENTITY"], start=1)
+    ]
     kept, _ = read(tmp_path, rows)
     again, _ = read(tmp_path, rows[::-1])
     assert set(kept) == set(again)
     assert Counter((e.label, e.split) for e in kept) == {
-        ("DESCRIPTION", "test"): 8, ("DESCRIPTION", "validation"): 3,
-        ("DESCRIPTION", "train"): 29, ("PERSON", "test"): 3, ("PERSON", "validation"): 1,
-        ("PERSON", "train"): 7, ("ENTITY", "test"): 1}
-    assert all(e.id.split("/") == ["marco", "test" if e.split == "test" else "train", e.label,
-                                   e.id.split("/")[-1]] for e in kept)
+        ("DESCRIPTION", "test"): 8,
+        ("DESCRIPTION", "validation"): 3,
+        ("DESCRIPTION", "train"): 29,
+        ("PERSON", "test"): 3,
+        ("PERSON", "validation"): 1,
+        ("PERSON", "train"): 7,
+        ("ENTITY", "test"): 1,
+    }
+    assert all(
+        e.id.split("/")
+        == ["marco", "test" if e.split == "test" else "train", e.label, e.id.split("/")[-1]]
+        for e in kept
+    )
     path = tmp_path / NB.MARCO_FILE
     other = {e.id: e.split for e in NB.read_marco(path, 1)[0]}
     first = {e.id: e.split for e in kept}
@@ -136,22 +174,45 @@ def test_the_split_depends_on_ids_alone(tmp_path):
 
 def test_passages_of_test_rows_are_taken_out_of_training_by_hand():
     def make(name, facts, *gold):
-        return tk.Example(id=name, dataset="marco", split="train", question="?", label="PERSON",
-                          facts=tuple(facts), gold_facts=gold, answers=("a",))
+        return tk.Example(
+            id=name,
+            dataset="marco",
+            split="train",
+            question="?",
+            label="PERSON",
+            facts=tuple(facts),
+            gold_facts=gold,
+            answers=("a",),
+        )
+
     test = [make("t", "AB", "A")]
-    train = [make("same", "CDE", "C"), make("cut", ["b!", "C", "D"], "C"),
-             make("gold", "ACD", "A"), make("few", "BCD", "C", "D"), make("none", "BC", "C")]
+    train = [
+        make("same", "CDE", "C"),
+        make("cut", ["b!", "C", "D"], "C"),
+        make("gold", "ACD", "A"),
+        make("few", "BCD", "C", "D"),
+        make("none", "BC", "C"),
+    ]
     kept, dropped, cut = NB.without_test_passages(train, test)
     assert [(e.id, "".join(e.facts)) for e in kept] == [("same", "CDE"), ("cut", "CD")]
     assert list(dropped.values()) == [["gold"], ["few", "none"]] and cut == {"cut": 1}
 
 
 # ------------------------------------------------------------------------------ the rule
-@pytest.mark.parametrize("query, label", [
-    ("how many legs", "NUMERIC"), ("average wage gilded age", "NUMERIC"), ("Who was he", "PERSON"),
-    ("where is rome", "LOCATION"), ("which drug helps", "ENTITY"), ("types of drugs", "ENTITY"),
-    ("what is rome", "DESCRIPTION"), ("how does it work", "DESCRIPTION"),
-    ("whenever he runs", "DESCRIPTION")])
+@pytest.mark.parametrize(
+    "query, label",
+    [
+        ("how many legs", "NUMERIC"),
+        ("average wage gilded age", "NUMERIC"),
+        ("Who was he", "PERSON"),
+        ("where is rome", "LOCATION"),
+        ("which drug helps", "ENTITY"),
+        ("types of drugs", "ENTITY"),
+        ("what is rome", "DESCRIPTION"),
+        ("how does it work", "DESCRIPTION"),
+        ("whenever he runs", "DESCRIPTION"),
+    ],
+)
 def test_the_label_rule_by_hand(query, label):
     assert NB.rule_marco(("a",), query, ("a",)) == (label, ("a",), ("a",))
 
@@ -165,8 +226,16 @@ def test_the_passage_rule_by_hand():
 
 # ---------------------------------------------------------------------------- the scores
 def item(*answers):
-    return tk.Example(id="m", dataset="marco", split="test", question="?", facts=("f",),
-                      label="NUMERIC", gold_facts=("f",), answers=answers)
+    return tk.Example(
+        id="m",
+        dataset="marco",
+        split="test",
+        question="?",
+        facts=("f",),
+        label="NUMERIC",
+        gold_facts=("f",),
+        answers=answers,
+    )
 
 
 rouge_l = notebook_functions("03_finetune_student").rouge_l
@@ -176,14 +245,20 @@ def scored(text, *answers):
     return tk.score(tk.parse_output(text, item(*answers)), item(*answers))
 
 
-@pytest.mark.parametrize("output, f1, rouge, exact", [
-    # tokens a b c d: longest common subsequence a b d, precision 3/4, recall 3/3
-    ("<answer>a b c d</answer>", 2 * 3 / 7, 2 * 3 / 7, False),
-    # the same tokens, turned around: overlap 3, subsequence 1
-    ("<answer>d b a</answer>", 1.0, 1 / 3, False),
-    ("<answer>z</answer>", 0.0, 0.0, False), ("<answer></answer>", 0.0, 0.0, False),
-    ("<answer>A; b, d!</answer>", 1.0, 1.0, True), ("<answer>A; b, d!", 1.0, 1.0, True),
-    ("<answer>[a] b (d)", 1.0, 1.0, True)])
+@pytest.mark.parametrize(
+    "output, f1, rouge, exact",
+    [
+        # tokens a b c d: longest common subsequence a b d, precision 3/4, recall 3/3
+        ("<answer>a b c d</answer>", 2 * 3 / 7, 2 * 3 / 7, False),
+        # the same tokens, turned around: overlap 3, subsequence 1
+        ("<answer>d b a</answer>", 1.0, 1 / 3, False),
+        ("<answer>z</answer>", 0.0, 0.0, False),
+        ("<answer></answer>", 0.0, 0.0, False),
+        ("<answer>A; b, d!</answer>", 1.0, 1.0, True),
+        ("<answer>A; b, d!", 1.0, 1.0, True),
+        ("<answer>[a] b (d)", 1.0, 1.0, True),
+    ],
+)
 def test_scores_by_hand(output, f1, rouge, exact):
     row, e = scored(output, "x y", "a b d"), item("x y", "a b d")
     said = "; ".join(tk.parse_output(output, e).answers or ())
@@ -194,6 +269,7 @@ def test_scores_by_hand(output, f1, rouge, exact):
 
 def test_rouge_l_is_the_librarys_best_over_references():
     from rouge_score.rouge_scorer import RougeScorer
+
     scorer, said = RougeScorer(["rougeL"]), "The price of 1,000 shares was $5 in May"
     gold = ["In May the price was 5 dollars", "1,000 shares", "shares of May"]
     best = max(scorer.score(g, said)["rougeL"].fmeasure for g in gold)
@@ -228,21 +304,30 @@ def test_every_record_of_the_sample_is_kept_or_accounted_for(real):
     assert found["rows_read"] == {"records": 247} and len(found["left_out"][NONE]) == 13
     # one record has an empty answer, one query stands twice
     assert {k: len(v) for k, v in found["refused"].items()} == {
-        "no answer has a word": 1, "the query stands before": 1}
+        "no answer has a word": 1,
+        "the query stands before": 1,
+    }
     out = sum(map(len, [*found["refused"].values(), *found["left_out"].values()]))
     assert len(examples) + out == 247
     splits = Counter(e.split for e in examples)
     assert splits["train"] > 150 and all(
-        splits[s] >= tk.SIZES["marco"][s] for s in ("validation", "test")), splits
+        splits[s] >= tk.SIZES["marco"][s] for s in ("validation", "test")
+    ), splits
     assert {e.label for e in examples if e.split == "test"} == set(tk.LABELS["marco"])
 
 
 def test_training_and_test_share_no_passage_and_no_query(real, data_dir):
-    texts = {part: {tk.normalise(f) for e in real[0] if (e.split == "test") is part
-                    for f in (*e.facts, e.question)} for part in (True, False)}
+    texts = {
+        part: {
+            tk.normalise(f)
+            for e in real[0]
+            if (e.split == "test") is part
+            for f in (*e.facts, e.question)
+        }
+        for part in (True, False)
+    }
     assert not texts[True] & texts[False]
-    whole = {e.id.split("/")[-1]: e for e in NB.marco_rows(
-        data_dir / "msmarco" / NB.MARCO_FILE)[0]}
+    whole = {e.id.split("/")[-1]: e for e in NB.marco_rows(data_dir / "msmarco" / NB.MARCO_FILE)[0]}
     for e in real[0]:
         n = len(whole[e.id.split("/")[-1]].facts) - len(e.facts)
         assert n == real[1]["passages_taken_out"].get(e.id, 0) >= 0
@@ -250,9 +335,16 @@ def test_training_and_test_share_no_passage_and_no_query(real, data_dir):
 
 def test_the_answers_that_no_passage_supports_are_those_listed(real):
     listed = real[1]["remarks"]["no passage holds half of an answer's words"]
-    expected = [e.id for e in real[0] if all(
-        2 * sum(w in tk.normalise(f).split() for w in set(tk.normalise(a).split()))
-        < len(set(tk.normalise(a).split())) for a in e.answers for f in e.facts)]
+    expected = [
+        e.id
+        for e in real[0]
+        if all(
+            2 * sum(w in tk.normalise(f).split() for w in set(tk.normalise(a).split()))
+            < len(set(tk.normalise(a).split()))
+            for a in e.answers
+            for f in e.facts
+        )
+    ]
     assert sorted(listed) == sorted(expected) and 0 < len(listed) < 40
 
 
@@ -299,6 +391,7 @@ def test_the_folder_comes_from_the_environment_then_from_raw(tmp_path, monkeypat
 
 def test_a_download_can_be_read(tmp_path, monkeypatch):
     from datasets import Dataset
+
     rows = [record(k) for k in range(1, 9)] + [record(9, answers=[NONE])]
     (tmp_path / "v2.1").mkdir()
     Dataset.from_list(rows).to_parquet(tmp_path / NB.MARCO_PART)
@@ -307,6 +400,7 @@ def test_a_download_can_be_read(tmp_path, monkeypatch):
         assert (repo, kind, len(pin)) == ("microsoft/ms_marco", "dataset", 40)
         assert patterns == [NB.MARCO_PART] and instead
         return tmp_path
+
     monkeypatch.setattr(tk, "fetch", fetch)
     monkeypatch.setattr(tk, "RAW", tmp_path / "raw")
     monkeypatch.setenv("TRACEKD_DATA_DIR", "")
@@ -326,17 +420,35 @@ def study(workspace, real):
     """01 on the sample; 02 and 03 on a few rows, with the tiny student's short window."""
     path = workspace / "data/interim/marco/examples.jsonl"
     for name, *options in (
-            ("01_decompose_problems",), ("02_corrupt_traces", "-p", "student", "tiny"),
-            ("03_finetune_student", "-p", "student", "tiny", "-p", "condition", "direct",
-             "-p", "max_new_tokens", "8", "-p", "quantize", "false")):
-        done = papermill(workspace, name, "-p", "dataset", "marco", "-p", "study", "marco",
-                         *options)
+        ("01_decompose_problems",),
+        ("02_corrupt_traces", "-p", "student", "tiny"),
+        (
+            "03_finetune_student",
+            "-p",
+            "student",
+            "tiny",
+            "-p",
+            "condition",
+            "direct",
+            "-p",
+            "max_new_tokens",
+            "8",
+            "-p",
+            "quantize",
+            "false",
+        ),
+    ):
+        done = papermill(
+            workspace, name, "-p", "dataset", "marco", "-p", "study", "marco", *options
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         if name.startswith("01"):
             examples = tk.read_examples(path)
             assert set(examples) == set(real[0])
-            tk.write_jsonl(path, [e for s, n in SMALL.items() for e in [
-                e for e in examples if e.split == s][:n]])
+            tk.write_jsonl(
+                path,
+                [e for s, n in SMALL.items() for e in [e for e in examples if e.split == s][:n]],
+            )
     return workspace
 
 
@@ -358,6 +470,7 @@ def test_01_leaves_what_it_promises_for_marco(study, real):
 
 def test_02_fits_every_row_into_the_window_the_same_in_all_conditions(study, real):
     from transformers import AutoTokenizer
+
     folder = study / "data/interim/marco/sft/controlled"
     rows = {p.stem.split("-")[0]: tk.read_jsonl(p) for p in folder.glob("*.jsonl")}
     checks = json.loads((study / "data/results/marco/manipulation_checks.json").read_text())
@@ -370,8 +483,9 @@ def test_02_fits_every_row_into_the_window_the_same_in_all_conditions(study, rea
     for r, v, i in zip(rows["correct"], rows["vanilla"], rows["incorrect"]):
         assert (r["id"], r["prompt"]) == (v["id"], v["prompt"]) == (i["id"], i["prompt"])
         e, lines = by_id[r["id"]], set(r["prompt"].split("\n"))
-        shown = {f for f in e.facts if tk.render_prompt(
-            replace(e, facts=(f,))).split("\n")[1] in lines}
+        shown = {
+            f for f in e.facts if tk.render_prompt(replace(e, facts=(f,))).split("\n")[1] in lines
+        }
         assert set(e.gold_facts) < shown
         assert len(shown) >= 2 * len(e.gold_facts)
         assert len(e.facts) - len(shown) == window["facts_taken_out"].get(e.id, 0)
@@ -394,8 +508,9 @@ def test_03_leaves_scores_and_no_text_of_marco(study, real):
     for name in ("answer_f1", "answer_rouge_l"):
         assert metrics[name] == pytest.approx(sum(r[name] for r in rows) / len(rows))
     private = tk.read_jsonl(study / "data/runs" / folder.name / "predictions.jsonl")
-    assert [{k: v for k, v in r.items() if k not in ("output", "output_ids")}
-            for r in private] == rows and all(r["output_ids"] for r in private)
+    assert [
+        {k: v for k, v in r.items() if k not in ("output", "output_ids")} for r in private
+    ] == rows and all(r["output_ids"] for r in private)
     public = "".join(p.read_text() for p in (study / "data/results/marco").rglob("*.*"))
     public += (study / "03_finetune_student-out.ipynb").read_text()
     for e in real[0]:
@@ -405,8 +520,7 @@ def test_03_leaves_scores_and_no_text_of_marco(study, real):
 
 @pytest.mark.parametrize("notebook", ["06_intervene_on_traces", "08_stress_the_parser"])
 def test_what_needs_the_text_of_outputs_refuses_marco(notebook, tmp_path, monkeypatch):
-    metrics = {"parameters": {"dataset": "marco", "condition": "correct",
-                              "protocol": "controlled"}}
+    metrics = {"parameters": {"dataset": "marco", "condition": "correct", "protocol": "controlled"}}
     tk.write_json(tmp_path / "s/run/metrics.json", metrics)
     monkeypatch.setattr(tk, "RESULTS", tmp_path)
     nb = notebook_functions(notebook)

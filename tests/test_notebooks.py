@@ -1,4 +1,5 @@
 """House rules of the notebooks and the smoke study from end to end."""
+
 import ast
 import json
 import re
@@ -7,8 +8,9 @@ import time
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
-import tracekd_utils as tk
 from conftest import NOTEBOOKS, ROOT, papermill
+
+import tracekd_utils as tk
 
 CONDITIONS = ("direct", "vanilla", "correct", "incorrect")  # the default grid
 TIMES = ("seconds", "train_tokens_per_s", "peak_memory_gib")
@@ -20,8 +22,13 @@ def cells(name, kind="code"):
 
 
 def test_the_notebooks_of_the_study_are_there():
-    assert set(NOTEBOOKS) >= {"00_run_study", "01_decompose_problems", "02_corrupt_traces",
-                              "03_finetune_student", "04_analyse_disconnect"}
+    assert set(NOTEBOOKS) >= {
+        "00_run_study",
+        "01_decompose_problems",
+        "02_corrupt_traces",
+        "03_finetune_student",
+        "04_analyse_disconnect",
+    }
     assert set(NOTEBOOKS) <= set(tk.PARAMETERS)
 
 
@@ -36,12 +43,14 @@ def test_house_rules(name):
     for line in "".join(tagged[0]["source"]).splitlines():
         assert re.search(r"^\w+ = .*  # \S", line), f"no literal with its reason: {line}"
         ast.literal_eval(ast.parse(line).body[0].value)
-    assert any(f'tk.check_parameters("{name}", globals())' in "".join(c["source"])
-               for c in code[:3])
+    assert any(
+        f'tk.check_parameters("{name}", globals())' in "".join(c["source"]) for c in code[:3]
+    )
     assert max(len("".join(c["source"]).splitlines()) for c in code) <= 40
     assert path.stat().st_size < 1_000_000
-    paths = re.findall(r"(?<![\w.])/(?:home|root|work|Users|tmp|mnt|opt)/\S{0,40}|[A-Z]:\\\\\S*",
-                       text)
+    paths = re.findall(
+        r"(?<![\w.])/(?:home|root|work|Users|tmp|mnt|opt)/\S{0,40}|[A-Z]:\\\\\S*", text
+    )
     assert not paths, paths[:3]
     assert "application/vnd.jupyter.widget" not in text
 
@@ -55,8 +64,10 @@ def test_committed_notebooks_were_executed_in_order(name):
 
 def runs(workspace, study="*"):
     """{condition: folder of results} of a study."""
-    return {json.loads(p.read_text())["parameters"]["condition"]: p.parent
-            for p in sorted(workspace.glob(f"data/results/{study}/*/metrics.json"))}
+    return {
+        json.loads(p.read_text())["parameters"]["condition"]: p.parent
+        for p in sorted(workspace.glob(f"data/results/{study}/*/metrics.json"))
+    }
 
 
 def metrics_of(folder):
@@ -100,10 +111,17 @@ def test_every_run_leaves_what_the_contract_promises(smoke, condition):
     folder = runs(smoke.workspace, "smoke")[condition]
     metrics, traced = metrics_of(folder), condition != "vanilla"
     rows = tk.read_jsonl(folder / "predictions.jsonl")
-    assert metrics["parameters"].items() >= {
-        "dataset": "microworld", "student": "tiny", "condition": condition,
-        "protocol": "controlled", "seed": 0,
-        "n_train": 24 * (condition != "direct")}.items()
+    assert (
+        metrics["parameters"].items()
+        >= {
+            "dataset": "microworld",
+            "student": "tiny",
+            "condition": condition,
+            "protocol": "controlled",
+            "seed": 0,
+            "n_train": 24 * (condition != "direct"),
+        }.items()
+    )
     assert metrics["n_test"] == len(rows) == 12
     for name in ("answer_ok", "label_ok", "facts_ok", "trace_ok", "parsed_ok"):
         shares = [r[name] for r in rows]
@@ -131,15 +149,16 @@ def test_every_run_leaves_what_the_contract_promises(smoke, condition):
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_predictions_are_rescored_from_their_own_text(smoke, condition):
     folder = runs(smoke.workspace, "smoke")[condition]
-    examples = {e.id: e for e in tk.read_examples(
-        smoke.workspace / "data/interim/microworld/examples.jsonl")}
+    examples = {
+        e.id: e
+        for e in tk.read_examples(smoke.workspace / "data/interim/microworld/examples.jsonl")
+    }
     rows = tk.read_jsonl(folder / "predictions.jsonl")
     assert len({r["id"] for r in rows}) == len(rows)
     for r in rows:
         e = examples[r["id"]]
         assert e.split == "test" and len(r["output_ids"]) <= 24
-        expected = tk.score(tk.parse_output(r["output"], e), e,
-                            tk.LAYOUTS[condition])
+        expected = tk.score(tk.parse_output(r["output"], e), e, tk.LAYOUTS[condition])
         assert {k: r[k] for k in expected} == expected
         assert (r["trace_tokens"] is None) is (condition == "vanilla")
 
@@ -157,8 +176,11 @@ def test_every_figure_has_its_picture_and_its_numbers(smoke):
 
 def test_a_second_smoke_study_trains_and_draws_the_same(smoke):
     folder = smoke.workspace
-    kept = [p for pattern in ("data/runs/*/adapter/*", "data/results/smoke/*/*", "figures/**/*.*")
-            for p in folder.glob(pattern)]
+    kept = [
+        p
+        for pattern in ("data/runs/*/adapter/*", "data/results/smoke/*/*", "figures/**/*.*")
+        for p in folder.glob(pattern)
+    ]
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in kept}
     done = papermill(folder, "00_run_study", "-p", "profile", "smoke")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -172,13 +194,28 @@ def test_a_failed_run_stops_no_other_and_is_listed(smoke, monkeypatch, tmp_path)
     monkeypatch.setenv("TRACEKD_DATA_DIR", str(tmp_path))
     (tmp_path / "babi/en").mkdir(parents=True)
     (tmp_path / "babi/en/qa1_single-supporting-fact_train.txt").write_text("cut\n")
-    done = papermill(smoke.workspace, "00_run_study", "-p", "profile", "smoke",
-                     "-p", "dataset", "babi", "-p", "conditions", "direct,correct")
+    done = papermill(
+        smoke.workspace,
+        "00_run_study",
+        "-p",
+        "profile",
+        "smoke",
+        "-p",
+        "dataset",
+        "babi",
+        "-p",
+        "conditions",
+        "direct,correct",
+    )
     assert done.returncode != 0
     last = done.stderr[-6000:]
     assert "qa1_single-supporting-fact_train.txt, line 1" in last and "steps failed" in last
-    for step in ("01_decompose_problems", "02_corrupt_traces", "condition=correct",
-                 "04_analyse_disconnect"):
+    for step in (
+        "01_decompose_problems",
+        "02_corrupt_traces",
+        "condition=correct",
+        "04_analyse_disconnect",
+    ):
         assert step in last
     assert not list(smoke.workspace.glob("data/interim/babi/*"))
     assert not list(smoke.workspace.glob("data/results/babi/*"))

@@ -3,27 +3,32 @@
 Students are tiny random ones of both families (`families.py`); what differs on a GPU
 (optimiser, checkpointing, bf16 autocast) is taken from the very function that 03 uses.
 """
+
 import dataclasses
 import json
 import math
 
 import pytest
 import torch
-import tracekd_utils as tk
 import transformers.training_args
 from conftest import make_workspace, notebook_functions, papermill
 from families import ENDS, FAMILIES, LLAMA_CHAT, QWEN3_CHAT
 from safetensors.torch import load_file
+
+import tracekd_utils as tk
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 BOTH = pytest.mark.parametrize("family", sorted(FAMILIES))
 # how ids are made of an example and a target; a protocol with its own way joins here
 PATHS = {
     "prompt": lambda tok, e, target: tk.encode(tok, tk.render_prompt(e), target),
-    "chat": lambda tok, e, target: tk.encode(tok, tk.render_prompt(e, direct=True), target,
-                                             direct=True),
+    "chat": lambda tok, e, target: tk.encode(
+        tok, tk.render_prompt(e, direct=True), target, direct=True
+    ),
     "published": lambda tok, e, target: tk.encode(
-        tok, tk.render_prompt(e, "published"), target, True, "You are an AI assistant.")}
+        tok, tk.render_prompt(e, "published"), target, True, "You are an AI assistant."
+    ),
+}
 EVERY_PATH = pytest.mark.parametrize("path", PATHS)
 
 
@@ -42,8 +47,14 @@ def loaded(folders):
 def rows(corrupter, microworld):
     """40 rows of the condition `correct`, with their examples."""
     pool = corrupter.Pool(microworld)
-    return [{"example": e, "prompt": tk.render_prompt(e), "target": tk.render_target(
-        e, corrupter.make_trace(e, "correct", pool))} for e in microworld[:40]]
+    return [
+        {
+            "example": e,
+            "prompt": tk.render_prompt(e),
+            "target": tk.render_target(e, corrupter.make_trace(e, "correct", pool)),
+        }
+        for e in microworld[:40]
+    ]
 
 
 # ----------------------------------------------------------------------------- objects
@@ -65,26 +76,35 @@ def test_the_student_is_quantised_as_in_the_paper(loaded, family):
 
 def pretend(patch, device):
     """Let the helper and the Trainer's arguments take this machine for one with `device`."""
-    patch.setattr(tk, "resolve_device", lambda: {
-        "device": device, "dtype": torch.bfloat16, "reason": ""})
+    patch.setattr(
+        tk, "resolve_device", lambda: {"device": device, "dtype": torch.bfloat16, "reason": ""}
+    )
     patch.setattr(transformers.training_args, "is_torch_bf16_gpu_available", lambda: True)
 
 
-@pytest.mark.parametrize("device, optimiser, checkpointing", [
-    ("cpu", "adamw_torch", False), ("cuda", "paged_adamw_8bit", True)])
-def test_the_device_chooses_optimiser_and_checkpointing(monkeypatch, tmp_path, device,
-                                                        optimiser, checkpointing):
+@pytest.mark.parametrize(
+    "device, optimiser, checkpointing",
+    [("cpu", "adamw_torch", False), ("cuda", "paged_adamw_8bit", True)],
+)
+def test_the_device_chooses_optimiser_and_checkpointing(
+    monkeypatch, tmp_path, device, optimiser, checkpointing
+):
     pretend(monkeypatch, device)
     chosen = tk._arguments(tmp_path, 40, True, learning_rate=2e-4)
     assert (chosen.optim.value, chosen.activation_checkpointing, chosen.bf16) == (
-        optimiser, checkpointing, True)
+        optimiser,
+        checkpointing,
+        True,
+    )
 
 
 # ---------------------------------------------------------------------- tokens of templates
 def naive(tokenizer, example, target):
     """What a plain use of the chat template gives: the whole dialogue, tokenised."""
-    chat = [{"role": "user", "content": tk.render_prompt(example)},
-            {"role": "assistant", "content": target}]
+    chat = [
+        {"role": "user", "content": tk.render_prompt(example)},
+        {"role": "assistant", "content": target},
+    ]
     return tokenizer(tokenizer.apply_chat_template(chat, tokenize=False)).input_ids
 
 
@@ -104,8 +124,9 @@ def test_a_vanilla_target_holds_no_empty_thought(loaded, rows, path):
             assert [completion.count(t) for t in tags] == expected
             assert tokenizer.decode(completion) == target + "<|im_end|>"
             prompt = PATHS[path](tokenizer, r["example"], None)
-            assert ids[:len(prompt)] == prompt and not tokenizer.decode(prompt).endswith(
-                "</think>\n\n")
+            assert ids[: len(prompt)] == prompt and not tokenizer.decode(prompt).endswith(
+                "</think>\n\n"
+            )
 
 
 @EVERY_PATH
@@ -128,19 +149,20 @@ def test_llama_reads_one_begin_of_text(loaded, rows, path):
 def test_padding_is_not_learnt_and_the_end_is(loaded, rows, family, path):
     model, tokenizer = loaded[family]
     pairs = [PATHS[path](tokenizer, r["example"], r["target"]) for r in rows[:5]]
-    batch = tk.collate([dict(zip(("input_ids", "mask"), p)) for p in pairs],
-                       tokenizer.pad_token_id)
+    batch = tk.collate([dict(zip(("input_ids", "mask"), p)) for p in pairs], tokenizer.pad_token_id)
     targets = [[i for i, m in zip(ids, mask) if m] for ids, mask in pairs]
     assert batch["shift_labels"].tolist() == sum(targets, [])
     assert [t[-1] for t in targets] == [tokenizer.eos_token_id] * 5
     assert (batch["input_ids"] == tokenizer.pad_token_id).sum() > 5  # there was padding
     with torch.no_grad():
         together = model(**batch).loss.item()
-        alone = [model(**tk.collate([dict(zip(("input_ids", "mask"), p))], 0)).loss.item()
-                 for p in pairs]
+        alone = [
+            model(**tk.collate([dict(zip(("input_ids", "mask"), p))], 0)).loss.item() for p in pairs
+        ]
     counts = [len(t) for t in targets]
     assert together == pytest.approx(
-        sum(a * n for a, n in zip(alone, counts)) / sum(counts), rel=2e-3)
+        sum(a * n for a, n in zip(alone, counts)) / sum(counts), rel=2e-3
+    )
 
 
 # -------------------------------------------------------------------------- generation
@@ -155,6 +177,7 @@ def forced(model, ends, stop, after):
         if step == after:
             logits[0, -1, stop] = 1e4
         return logits
+
     return model.get_output_embeddings().register_forward_hook(hook)
 
 
@@ -163,7 +186,7 @@ def test_generation_stops_at_every_end_token(loaded, rows, family, stop):
     model, tokenizer = loaded[family]
     ends = tokenizer.convert_tokens_to_ids(list(ENDS[family]))
     prompts = [tk.encode(tokenizer, r["prompt"]) for r in rows[:2]]
-    prompts[0] = prompts[0][:len(prompts[1]) - 4]  # the shorter one is row 0 of the batch
+    prompts[0] = prompts[0][: len(prompts[1]) - 4]  # the shorter one is row 0 of the batch
     handle = forced(model, ends, tokenizer.convert_tokens_to_ids(stop), 4)
     try:
         first, second = tk.generate(model, tokenizer, prompts, max_new_tokens=9)
@@ -178,15 +201,14 @@ def test_sampling_defaults_and_missing_ends_do_not_matter(loaded, rows, family, 
     model, tokenizer = loaded[family]
     assert model.generation_config.do_sample and model.generation_config.temperature == 0.6
     prompts = [tk.encode(tokenizer, r["prompt"]) for r in rows[:3]]
-    first, again = (tk.generate(model, tokenizer, prompts, max_new_tokens=8)
-                    for _ in range(2))
+    first, again = (tk.generate(model, tokenizer, prompts, max_new_tokens=8) for _ in range(2))
     greedy = []
     with torch.no_grad():
         for prompt in prompts:
             ids = list(prompt)
             for _ in range(8):
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-            greedy.append(ids[len(prompt):])
+            greedy.append(ids[len(prompt) :])
     assert first == again == greedy
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)
     assert tk.generate(model, tokenizer, prompts, max_new_tokens=8) == greedy
@@ -203,6 +225,7 @@ def arguments_of_a_gpu(monkeypatch, **changes):
             seen.append(dataclasses.replace(real(*given, **options), use_cpu=True, **changes))
         assert tk.resolve_device is here
         return seen[-1]
+
     monkeypatch.setattr(tk, "_arguments", arguments)
     return seen
 
@@ -211,11 +234,22 @@ def train(folder, rows, run_dir, steps=6, lora_dropout=0.0):
     """Losses and adapter of a short training through `tk.finetune`."""
     model, tokenizer = tk.load_student(str(folder))
     curve, facts = tk.finetune(
-        model, tokenizer, rows[:4 * steps], run_dir, validation=rows[-4:], epochs=1,
-        batch_size=4, learning_rate=5e-3, lora_dropout=lora_dropout, checkpoint_steps=50)
+        model,
+        tokenizer,
+        rows[: 4 * steps],
+        run_dir,
+        validation=rows[-4:],
+        epochs=1,
+        batch_size=4,
+        learning_rate=5e-3,
+        lora_dropout=lora_dropout,
+        checkpoint_steps=50,
+    )
     assert facts["train_tokens"] > 0
-    return ([r["loss"] for r in curve if "loss" in r],
-            load_file(run_dir / "adapter" / "adapter_model.safetensors"))
+    return (
+        [r["loss"] for r in curve if "loss" in r],
+        load_file(run_dir / "adapter" / "adapter_model.safetensors"),
+    )
 
 
 @BOTH
@@ -232,8 +266,12 @@ def test_a_student_goes_the_whole_way(folders, rows, tmp_path, monkeypatch, fami
     model, tokenizer = tk.load_student(str(folders[family]), True, tmp_path / "adapter")
     assert not [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
     examples = [r["example"] for r in rows[:4]]
-    outputs = tk.generate(model, tokenizer, [tk.encode(tokenizer, tk.render_prompt(e))
-                                             for e in examples], max_new_tokens=12)
+    outputs = tk.generate(
+        model,
+        tokenizer,
+        [tk.encode(tokenizer, tk.render_prompt(e)) for e in examples],
+        max_new_tokens=12,
+    )
     for e, ids in zip(examples, outputs):
         text = tokenizer.decode(ids, skip_special_tokens=True)
         fields = tk.score(tk.parse_output(text, e), e, "before")
@@ -256,21 +294,40 @@ def prepared(tmp_path_factory, corrupter, microworld):
     """A workspace with the rows that 03 reads: 16 for training, 4 and 4."""
     workspace = make_workspace(tmp_path_factory.mktemp("paper"))
     interim, pool = workspace / "data/interim/microworld", corrupter.Pool(microworld)
-    parts = [e for split, n in zip(tk.SPLITS, (16, 4, 4))
-             for e in [e for e in microworld if e.split == split][:n]]
+    parts = [
+        e
+        for split, n in zip(tk.SPLITS, (16, 4, 4))
+        for e in [e for e in microworld if e.split == split][:n]
+    ]
     tk.write_jsonl(interim / "examples.jsonl", parts)
-    tk.write_jsonl(interim / "sft/controlled/correct-dose1-seed0.jsonl", [{
-        "id": e.id, "split": e.split, "condition": "correct", "prompt": tk.render_prompt(e),
-        "target": tk.render_target(e, corrupter.make_trace(e, "correct", pool))}
-        for e in parts])
+    tk.write_jsonl(
+        interim / "sft/controlled/correct-dose1-seed0.jsonl",
+        [
+            {
+                "id": e.id,
+                "split": e.split,
+                "condition": "correct",
+                "prompt": tk.render_prompt(e),
+                "target": tk.render_target(e, corrupter.make_trace(e, "correct", pool)),
+            }
+            for e in parts
+        ],
+    )
     return workspace
 
 
 def test_03_takes_a_local_folder(prepared, folders):
-    options = {"student": folders["qwen3"], "study": "local", "epochs": 1, "batch_size": 8,
-               "lora_rank": 4, "max_new_tokens": 8}
-    done = papermill(prepared, "03_finetune_student", *(
-        x for k, v in options.items() for x in ("-p", k, str(v))))
+    options = {
+        "student": folders["qwen3"],
+        "study": "local",
+        "epochs": 1,
+        "batch_size": 8,
+        "lora_rank": 4,
+        "max_new_tokens": 8,
+    }
+    done = papermill(
+        prepared, "03_finetune_student", *(x for k, v in options.items() for x in ("-p", k, str(v)))
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (path,) = prepared.glob("data/results/local/*/metrics.json")
     metrics = json.loads(path.read_text())
@@ -291,11 +348,19 @@ def study():
 
     def choose(**filters):
         chosen = nb.PROFILES["paper"]
-        nb.grid.__globals__.update({
-            "chosen": chosen, "datasets": chosen["datasets"], "students": chosen["students"],
-            "seeds": chosen["seeds"], "conditions": "direct,vanilla,correct,incorrect",
-            "study": "", **filters})
+        nb.grid.__globals__.update(
+            {
+                "chosen": chosen,
+                "datasets": chosen["datasets"],
+                "students": chosen["students"],
+                "seeds": chosen["seeds"],
+                "conditions": "direct,vanilla,correct,incorrect",
+                "study": "",
+                **filters,
+            }
+        )
         return nb.grid()
+
     return choose
 
 
@@ -304,8 +369,11 @@ def test_the_grid_is_the_papers(study):
     runs = [given for name, given in steps if name == "03_finetune_student"]
     assert len(steps) == 6 * (1 + 3 * 5 + 1) and len(runs) == 2 * 3 * 4 * 3
     assert {(r["student"], r["condition"], r["seed"]) for r in runs} == {
-        (s, c, k) for s in (LLAMA, QWEN) for k in (0, 1, 2)
-        for c in ("direct", "vanilla", "correct", "incorrect")}
+        (s, c, k)
+        for s in (LLAMA, QWEN)
+        for k in (0, 1, 2)
+        for c in ("direct", "vanilla", "correct", "incorrect")
+    }
     assert {r["learning_rate"] for r in runs} == {2e-4}
     sizes = {g["dataset"]: (g["n_train"], g["n_test"]) for n, g in steps if n[:2] == "02"}
     assert sizes == {"cotempqa": (3798, 950), "marco": (5000, 1000), "babi": (3773, 376)}
@@ -325,8 +393,16 @@ def test_every_step_of_the_grid_passes_the_schema(study):
 def test_a_part_of_the_grid_can_be_run(study):
     part = study(datasets=["babi"], students=[QWEN], seeds="1", conditions="vanilla")
     assert [name[:2] for name, _ in part] == ["01", "02", "03", "04"]
-    assert part[2][1].items() >= {"dataset": "babi", "student": QWEN, "seed": 1,
-                                  "condition": "vanilla", "batch_size": 16}.items()
+    assert (
+        part[2][1].items()
+        >= {
+            "dataset": "babi",
+            "student": QWEN,
+            "seed": 1,
+            "condition": "vanilla",
+            "batch_size": 16,
+        }.items()
+    )
 
 
 def test_the_cost_by_hand():
@@ -336,11 +412,12 @@ def test_the_cost_by_hand():
     assert nb.parameters_of(nb.SHAPES[QWEN], 16) == (1_409_286_144, 311_164_928, 17_432_576)
     parts = nb.memory(nb.SHAPES[LLAMA], batch=16, length=1024, completion=100, rank=16)
     assert {k: round(v / 1e6) for k, v in parts.items()} == {
-        "weights": 1027,      # 973.08 x 0.51587 + 2 x 262.67
-        "LoRA": 113,          # 11.27 x 10.03125
+        "weights": 1027,  # 973.08 x 0.51587 + 2 x 262.67
+        "LoRA": 113,  # 11.27 x 10.03125
         "activations": 2819,  # 2 x 16,384 x (16 x 2,048 + 10 x 2,048 + 4 x 8,192)
-        "logits": 2873,       # 14 x 1,600 x 128,256
-        "context": 1000}
+        "logits": 2873,  # 14 x 1,600 x 128,256
+        "context": 1000,
+    }
     # 6 x 973,078,528 x 3e6 tokens / (0.25 x 125e12) = 560.5 s; 32 batches x 500 x 0.03 s
     training, generation = nb.hours(nb.SHAPES[LLAMA], 3_000_000, 1000, 500)
     assert training == pytest.approx(560.493 / 3600, rel=1e-4)
@@ -351,12 +428,18 @@ def test_the_cost_by_hand():
 @BOTH
 def test_the_cost_counts_what_the_libraries_build(folders, family):
     from peft import LoraConfig, get_peft_model
+
     model, _ = tk.load_student(str(folders[family]))
     c, nb = model.config, notebook_functions("00_run_study")
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    shape = {"hidden": c.hidden_size, "inner": c.intermediate_size, "vocab": c.vocab_size,
-             "layers": c.num_hidden_layers, "q": width * c.num_attention_heads,
-             "kv": width * c.num_key_value_heads}
+    shape = {
+        "hidden": c.hidden_size,
+        "inner": c.intermediate_size,
+        "vocab": c.vocab_size,
+        "layers": c.num_hidden_layers,
+        "q": width * c.num_attention_heads,
+        "kv": width * c.num_key_value_heads,
+    }
     linear, embeddings, lora = nb.parameters_of(shape, 8)
     packed = [m.weight for m in model.modules() if type(m).__name__ == "Linear4bit"]
     assert sum(math.prod(w.quant_state.shape) for w in packed) == linear

@@ -1,31 +1,42 @@
 """Wrong parameters are refused before anything starts, by every way of starting."""
+
 import json
 import re
 import subprocess
 import sys
 
 import pytest
-import tracekd_utils as tk
 from conftest import NOTEBOOKS, make_workspace, papermill
 from papermill.translators import PythonTranslator
+
+import tracekd_utils as tk
 
 RUN = "03_finetune_student"
 DEFAULTS = tk.notebook_defaults(RUN) if RUN in NOTEBOOKS else {}
 WRONG = [
-    ({"sed": 3}, "sed.*seed"), ({"batchsize": 3}, "batchsize.*batch_size"),
-    ({"seed": "one"}, "seed.*'one'.*int"), ({"seed": 1.0}, "seed.*float.*int"),
-    ({"seed": True}, "seed.*bool.*int"), ({"seed": None}, "seed.*int"),
-    ({"seed": -1}, "seed.*-1.*range"), ({"epochs": 101}, "epochs.*101.*100"),
-    ({"dose": 1.5}, "dose.*1.5.*range"), ({"dose": float("nan")}, "dose.*nan"),
-    ({"dose": "half"}, "dose.*float"), ({"learning_rate": 0}, "learning_rate.*range"),
-    ({"batch_size": 0}, "batch_size.*range"), ({"quantize": "maybe"}, "quantize.*bool"),
-    ({"quantize": 0}, "quantize.*bool"), ({"study": "../elsewhere"}, "study"),
-    ({"study": ""}, "study"), ({"protocol": "publishd"}, "protocol.*controlled"),
+    ({"sed": 3}, "sed.*seed"),
+    ({"batchsize": 3}, "batchsize.*batch_size"),
+    ({"seed": "one"}, "seed.*'one'.*int"),
+    ({"seed": 1.0}, "seed.*float.*int"),
+    ({"seed": True}, "seed.*bool.*int"),
+    ({"seed": None}, "seed.*int"),
+    ({"seed": -1}, "seed.*-1.*range"),
+    ({"epochs": 101}, "epochs.*101.*100"),
+    ({"dose": 1.5}, "dose.*1.5.*range"),
+    ({"dose": float("nan")}, "dose.*nan"),
+    ({"dose": "half"}, "dose.*float"),
+    ({"learning_rate": 0}, "learning_rate.*range"),
+    ({"batch_size": 0}, "batch_size.*range"),
+    ({"quantize": "maybe"}, "quantize.*bool"),
+    ({"quantize": 0}, "quantize.*bool"),
+    ({"study": "../elsewhere"}, "study"),
+    ({"study": ""}, "study"),
+    ({"protocol": "publishd"}, "protocol.*controlled"),
     ({"dataset": "bab"}, "dataset.*microworld, babi.*'babi'"),
     ({"student": "smollm2"}, "student.*tiny, smollm2-135m.*'smollm2-135m'"),
     ({"student": ""}, "student.*tiny"),
-    ({"condition": "corect"},
-     "condition.*direct, vanilla, correct, incorrect.*'correct'")]
+    ({"condition": "corect"}, "condition.*direct, vanilla, correct, incorrect.*'correct'"),
+]
 
 
 @pytest.mark.parametrize("given, message", WRONG, ids=[str(g) for g, _ in WRONG])
@@ -34,9 +45,14 @@ def test_a_wrong_parameter_is_named_with_what_is_allowed(given, message):
         tk.check_parameters(RUN, {**DEFAULTS, **given})
 
 
-@pytest.mark.parametrize("given, message", [
-    ({"conditions": "correct,incorect"}, "incorect.*'incorrect'"),
-    ({"conditions": ""}, "conditions.*vanilla"), ({"n_train": -1}, "n_train.*range")])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"conditions": "correct,incorect"}, "incorect.*'incorrect'"),
+        ({"conditions": ""}, "conditions.*vanilla"),
+        ({"n_train": -1}, "n_train.*range"),
+    ],
+)
 def test_a_list_of_conditions_is_checked_one_by_one(given, message):
     name = "02_corrupt_traces"
     with pytest.raises(ValueError, match=message):
@@ -57,10 +73,19 @@ def test_a_missing_parameter_is_named(name):
         tk.check_parameters(name, values)
 
 
-@pytest.mark.parametrize("given, resolved", [
-    ({"quantize": "false"}, False), ({"quantize": "False"}, False), ({"quantize": False}, False),
-    ({"quantize": "TRUE"}, True), ({"dose": 1}, 1.0), ({"dose": 0}, 0.0),
-    ({"student": "Qwen/Qwen3-1.7B"}, "Qwen/Qwen3-1.7B"), ({"seed": 2**31 - 1}, 2**31 - 1)])
+@pytest.mark.parametrize(
+    "given, resolved",
+    [
+        ({"quantize": "false"}, False),
+        ({"quantize": "False"}, False),
+        ({"quantize": False}, False),
+        ({"quantize": "TRUE"}, True),
+        ({"dose": 1}, 1.0),
+        ({"dose": 0}, 0.0),
+        ({"student": "Qwen/Qwen3-1.7B"}, "Qwen/Qwen3-1.7B"),
+        ({"seed": 2**31 - 1}, 2**31 - 1),
+    ],
+)
 def test_values_are_resolved_and_written_back(given, resolved):
     values = {**DEFAULTS, **given}
     out = tk.check_parameters(RUN, values)
@@ -107,19 +132,25 @@ for wrong in (dict(sed=3), dict(seed="one"), dict(student="smol"), dict(dose=2.0
 heavy = [m for m in ("torch", "transformers", "pandas", "scipy") if m in sys.modules]
 print(json.dumps([messages, heavy, time.monotonic() - begun]))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=workspace, text=True,
-                          capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=workspace, text=True, capture_output=True
+    )
     assert done.returncode == 0, done.stderr
     messages, heavy, seconds = json.loads(done.stdout)
-    assert [m for m, k in zip(messages, ("sed", "seed", "student", "dose")) if k in m
-            ] == messages and len(messages) == 4
+    assert [
+        m for m, k in zip(messages, ("sed", "seed", "student", "dose")) if k in m
+    ] == messages and len(messages) == 4
     assert heavy == [] and seconds < 3
     assert not (workspace / "data").exists()
 
 
-@pytest.mark.parametrize("options, message", [
-    (("-p", "sed", "3"), "ValueError: parameter of 03_finetune_student: 'sed'"),
-    (("-r", "seed", "one"), "ValueError: parameter seed = 'one'")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("-p", "sed", "3"), "ValueError: parameter of 03_finetune_student: 'sed'"),
+        (("-r", "seed", "one"), "ValueError: parameter seed = 'one'"),
+    ],
+)
 def test_plain_papermill_fails_loudly(tmp_path, options, message):
     workspace = make_workspace(tmp_path)
     done = papermill(workspace, RUN, *options)
@@ -128,10 +159,16 @@ def test_plain_papermill_fails_loudly(tmp_path, options, message):
 
 
 def test_quantize_false_means_false_in_a_real_run(smoke):
-    options = {"student": "tiny", "study": "unquantised", "epochs": 1, "quantize": "false",
-               "max_new_tokens": 8}
-    done = papermill(smoke.workspace, RUN, *(
-        x for k, v in options.items() for x in ("-p", k, str(v))))
+    options = {
+        "student": "tiny",
+        "study": "unquantised",
+        "epochs": 1,
+        "quantize": "false",
+        "max_new_tokens": 8,
+    }
+    done = papermill(
+        smoke.workspace, RUN, *(x for k, v in options.items() for x in ("-p", k, str(v)))
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"(\d+) of \1 training targets have more than 8 tokens", done.stderr)
     (path,) = smoke.workspace.glob("data/results/unquantised/*/metrics.json")

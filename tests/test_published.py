@@ -3,6 +3,7 @@ their outputs and of ours, and their way of training and decoding.
 
 The authors' gold rows are needed: without `TRACEKD_DATA_DIR` these tests fail, not skip.
 """
+
 import ast
 import copy
 import csv
@@ -14,11 +15,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-import tracekd_utils as tk
 from conftest import make_workspace, notebook_functions, papermill
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
+
+import tracekd_utils as tk
 
 nb = notebook_functions("02_corrupt_traces", protocol="published")
 trainer = notebook_functions("03_finetune_student", protocol="published")
@@ -42,11 +44,22 @@ def gold(data_dir):
             with path.open(encoding="utf-8", newline="") as file:
                 rows = list(csv.DictReader(file))
             assert problems == [] and len(items) == len(rows)
-            found.setdefault(dataset, []).extend((tk.Example(
-                id=f"{dataset}/test/{path.stem}/{k:04d}", dataset=dataset, split="test",
-                question=item["question"], facts=item["facts"], label=item["label"],
-                gold_facts=item["gold_facts"] if dataset == "babi" else (),
-                answers=item["answers"]), row) for k, (item, row) in enumerate(zip(items, rows)))
+            found.setdefault(dataset, []).extend(
+                (
+                    tk.Example(
+                        id=f"{dataset}/test/{path.stem}/{k:04d}",
+                        dataset=dataset,
+                        split="test",
+                        question=item["question"],
+                        facts=item["facts"],
+                        label=item["label"],
+                        gold_facts=item["gold_facts"] if dataset == "babi" else (),
+                        answers=item["answers"],
+                    ),
+                    row,
+                )
+                for k, (item, row) in enumerate(zip(items, rows))
+            )
     return found
 
 
@@ -57,6 +70,7 @@ def published(example, condition="correct", seed=0):
 
 
 # ---------------------------------------------------------------------- letter for letter
+
 
 @pytest.mark.parametrize("dataset", ROWS)
 def test_prompts_and_targets_are_the_authors_letter_for_letter(gold, dataset):
@@ -79,9 +93,12 @@ def test_the_untuned_student_gets_the_same_prompt(gold):
 def test_our_reading_of_babi_gives_the_authors_gold(gold, data_dir):
     """Annotation and first question of each story as 01 reads them out of the raw files."""
     reader = notebook_functions("01_decompose_problems", dataset="babi")
-    ours = {(facts, question): (label, answers, sentences)
-            for split, _, label, questions in reader.babi_stories(data_dir / "babi/en", "babi")
-            for facts, question, answers, sentences in questions[:1] if split == "test"}
+    ours = {
+        (facts, question): (label, answers, sentences)
+        for split, _, label, questions in reader.babi_stories(data_dir / "babi/en", "babi")
+        for facts, question, answers, sentences in questions[:1]
+        if split == "test"
+    }
     for e, _ in gold["babi"]:
         label, answers, sentences = ours[e.facts, e.question.strip()]
         mine = replace(e, label=label, answers=answers, gold_facts=sentences)
@@ -93,40 +110,57 @@ def test_where_the_gold_facts_of_the_two_protocols_differ_is_counted(data_dir):
     rows = [e for e, *_ in reader.cotempqa_rows(data_dir / "cotempqa") if e.split == "test"]
     more = sum(set(nb.published_gold(e)) > set(e.gold_facts) for e in rows)
     other = sum(set(nb.published_gold(e)) != set(e.gold_facts) for e in rows)
-    print(f"\npublished gold facts differ from the controlled ones in {other} of {len(rows)} "
-          f"CoTempQA test rows; in {more} they are more")
+    print(
+        f"\npublished gold facts differ from the controlled ones in {other} of {len(rows)} "
+        f"CoTempQA test rows; in {more} they are more"
+    )
     assert len(rows) == 950 and other == more and 0 < more < 300
 
 
-PASSAGES = ("A sty is an infection of an oil gland.", "Penicillin treats infections.",
-            "Oily hands have many causes.", "Tea comes from China.",
-            "The gland of a sty is in the eyelid.")
+PASSAGES = (
+    "A sty is an infection of an oil gland.",
+    "Penicillin treats infections.",
+    "Oily hands have many causes.",
+    "Tea comes from China.",
+    "The gland of a sty is in the eyelid.",
+)
 
 
 def marco():
     """An example in the shape of MARCO, whose texts are not the dataset's."""
-    return tk.Example(id="marco/test/1", dataset="marco", split="test", question="sty causes",
-                      facts=PASSAGES, label="DESCRIPTION", gold_facts=PASSAGES[:1],
-                      answers=("Infections of the oil glands in the eyelid", "an infection"))
+    return tk.Example(
+        id="marco/test/1",
+        dataset="marco",
+        split="test",
+        question="sty causes",
+        facts=PASSAGES,
+        label="DESCRIPTION",
+        gold_facts=PASSAGES[:1],
+        answers=("Infections of the oil glands in the eyelid", "an infection"),
+    )
 
 
 def test_marco_has_the_form_of_the_description():
     e = marco()
     assert tk.render_prompt(e, "published") == (
-        "Answer the question based on the context:\n" + "\n".join(PASSAGES)
-        + "\nQuestion: sty causes\nOnly return the answer.\n")
+        "Answer the question based on the context:\n"
+        + "\n".join(PASSAGES)
+        + "\nQuestion: sty causes\nOnly return the answer.\n"
+    )
     trace, target = published(e)  # of, the, in, eyelid against of, oil
     assert trace == tk.Trace(label="DESCRIPTION", text=PASSAGES[4])
     assert target == (
         "<think>The category of the question represents what is being asked in that question. "
         "The category of the question asked is: DESCRIPTION.\nI need to use the following text "
         f"to answer the question: {PASSAGES[4]}</think> <answer>Infections of the oil glands in "
-        "the eyelid</answer>")
+        "the eyelid</answer>"
+    )
     drawn = Counter(published(e, "incorrect", seed)[0].text for seed in range(200))
     assert set(drawn) == set(PASSAGES[1:3])  # the half that shares no word with the gold one
 
 
 # ---------------------------------------------------------------------------- corruptions
+
 
 def test_the_incorrect_trace_of_cotempqa_is_one_bare_fact(gold):
     part = [e for e, _ in gold["cotempqa"] if set(nb.published_gold(e)) < set(e.facts)]
@@ -166,8 +200,7 @@ def test_the_incorrect_trace_of_babi_is_lower_case_and_as_long(gold):
 
 def test_wrong_labels_are_drawn_evenly_whatever_their_frequency(gold):
     e, _ = gold["cotempqa"][0]
-    drawn = Counter(published(replace(e, id=f"x/{k}"), "incorrect")[0].label
-                    for k in range(3000))
+    drawn = Counter(published(replace(e, id=f"x/{k}"), "incorrect")[0].label for k in range(3000))
     assert set(drawn) == set(tk.LABELS["cotempqa"]) - {e.label}
     assert chisquare(list(drawn.values())).pvalue > 1e-3
 
@@ -177,9 +210,14 @@ def test_the_rest_of_a_dose_has_the_authors_correct_trace(gold):
         assert nb.make_trace(e, "incorrect", None, 0, dose=0.0) == published(e)[0]
 
 
-@pytest.mark.parametrize("notebook, name", [
-    ("00_run_study", "conditions"), ("02_corrupt_traces", "conditions"),
-    ("03_finetune_student", "condition")])
+@pytest.mark.parametrize(
+    "notebook, name",
+    [
+        ("00_run_study", "conditions"),
+        ("02_corrupt_traces", "conditions"),
+        ("03_finetune_student", "condition"),
+    ],
+)
 def test_other_conditions_are_refused(notebook, name):
     values = {**tk.notebook_defaults(notebook), "protocol": "published"}
     assert set(nb.PUBLISHED) == set(tk.PROTOCOLS["published"]) == set(CONDITIONS)
@@ -192,10 +230,15 @@ def test_other_conditions_are_refused(notebook, name):
 
 # ------------------------------------------------------------------------- the round trip
 
+
 @pytest.mark.parametrize("condition", ["vanilla", "correct", "incorrect"])
 def test_round_trip_of_every_example(gold, microworld, babi, condition):
-    examples = [e for part in gold.values() for e, _ in part] + microworld[::4] + [
-        e for e in babi[0][::20] if e.label in tk.LABELS["babi"]] + [marco()]
+    examples = (
+        [e for part in gold.values() for e, _ in part]
+        + microworld[::4]
+        + [e for e in babi[0][::20] if e.label in tk.LABELS["babi"]]
+        + [marco()]
+    )
     done = Counter()
     for e in examples:
         e = replace(e, dataset={"babi20": "babi"}.get(e.dataset, e.dataset))
@@ -213,19 +256,46 @@ def test_round_trip_of_every_example(gold, microworld, babi, condition):
     assert condition == "incorrect" or done["cotempqa"] == 950
 
 
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(
-    ["it's", '"', "', '", "']", "['", "\\", "\\x", "[", "\n", "</think>", "St.\xa0Louis"])))
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=["Cs"]))
+        | st.sampled_from(
+            ["it's", '"', "', '", "']", "['", "\\", "\\x", "[", "\n", "</think>", "St.\xa0Louis"]
+        )
+    )
+)
 def test_a_list_is_read_as_python_writes_it(items):
-    whole = not any("\\" in t or c in repr(t).replace("\\'", "") for t in items
-                    for c in ("\\n", "\\t", "\\r", "\\U"))
+    whole = not any(
+        "\\" in t or c in repr(t).replace("\\'", "")
+        for t in items
+        for c in ("\\n", "\\t", "\\r", "\\U")
+    )
     assert tk._python_list(str(items)) == tuple(items) or not whole
     assert tk._python_list(str(items)) in (tuple(items), ())
 
 
-@pytest.mark.parametrize("text", [
-    "", "[]", "x", "['a'", "['a',]", "['a','b']", "[1]", "['a', 1]", "[['a']]", "['a' 'b']",
-    '["a"]', "['\\x']", "['a\nb']", "['a'] + ['b']", "[f'{1}']", "[" * 5000,
-    "['a', __import__('os')]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "x",
+        "['a'",
+        "['a',]",
+        "['a','b']",
+        "[1]",
+        "['a', 1]",
+        "[['a']]",
+        "['a' 'b']",
+        '["a"]',
+        "['\\x']",
+        "['a\nb']",
+        "['a'] + ['b']",
+        "[f'{1}']",
+        "[" * 5000,
+        "['a', __import__('os')]",
+    ],
+)
 def test_nothing_else_is_a_list(text):
     assert tk._python_list(text) == ()
 
@@ -242,23 +312,31 @@ def test_a_bare_fact_is_scored_as_the_fact_that_it_is(gold):
 
 # ------------------------------------------------------------------- the authors' outputs
 
+
 def test_the_authors_outputs_are_read_as_the_reaudit_reads_them(data_dir):
     """Two readers that share no code: 05's own, and the parser of the students' outputs."""
     same, n = Counter(), Counter()
     for dataset in ROWS:
         folder, problems = data_dir / "published" / dataset, []
-        _, rows = audit.read_everything(audit.find_outputs(folder, dataset), folder / "gold",
-                                        dataset, problems)
+        _, rows = audit.read_everything(
+            audit.find_outputs(folder, dataset), folder / "gold", dataset, problems
+        )
         for (_, variant, _), part in rows.items():
             for row in part:
                 own, kind = row["own"], f"{dataset} {variant}"
-                e = tk.Example(id="x", dataset=dataset, split="test", answers=own["answers"],
-                               **{k: own[k] for k in ("question", "facts", "label", "gold_facts")})
+                e = tk.Example(
+                    id="x",
+                    dataset=dataset,
+                    split="test",
+                    answers=own["answers"],
+                    **{k: own[k] for k in ("question", "facts", "label", "gold_facts")},
+                )
                 parsed = tk.parse_output(row["text"], e, "published")
                 scores = tk.score(parsed, e, "none" if variant == "vanilla" else "before")
                 n[kind] += 1
                 same[kind, "answer"] += scores["answer_ok"] == audit.answer_ok(
-                    row, dataset, audit.CORRECTED)
+                    row, dataset, audit.CORRECTED
+                )
                 if variant != "vanilla":
                     label_ok, facts_ok = audit.trace_ok(row, [], dataset, audit.CORRECTED)
                     same[kind, "label"] += scores["label_ok"] == label_ok
@@ -268,19 +346,35 @@ def test_the_authors_outputs_are_read_as_the_reaudit_reads_them(data_dir):
     assert sum(n.values()) == 6 * sum(ROWS.values()) and min(shares.values()) > 0.995
 
 
-@pytest.mark.parametrize("text, trace, answers", [
-    ("assistant\n\ngreen", None, ("green",)),
-    ("assistant\n<think>\n\n</think>\n\napple,milk", None, ("apple", "milk")),
-    ("assistant\n<think>\n\napple,milk", None, ("apple", "milk")),
-    ("Counting".join(tk._PAPER[0][:2]) + "['O'Neal's dogs' bed is b.', 'C d.']</think> "
-     "<answer>a</answer>", tk.Trace(
-         label="counting", facts=("O'Neal's dogs' bed is b.", "C d.")), ("a",)),
-    ("assistant\n\n" + tk.render_target(
-        replace(marco(), dataset="babi", answers=("a",)),
-        tk.Trace(label="counting", facts=("A b.", "C d.")), "published"),
-     tk.Trace(label="counting", facts=("A b.", "C d.")), ("a",)),
-    ("Counting".join(tk._PAPER[0][:2]) + "Mr. A is b.\n</think>\n\n <answer>a</answer>",
-     tk.Trace(label="counting", facts=("Mr. A is b.",)), ("a",))])
+@pytest.mark.parametrize(
+    "text, trace, answers",
+    [
+        ("assistant\n\ngreen", None, ("green",)),
+        ("assistant\n<think>\n\n</think>\n\napple,milk", None, ("apple", "milk")),
+        ("assistant\n<think>\n\napple,milk", None, ("apple", "milk")),
+        (
+            "Counting".join(tk._PAPER[0][:2]) + "['O'Neal's dogs' bed is b.', 'C d.']</think> "
+            "<answer>a</answer>",
+            tk.Trace(label="counting", facts=("O'Neal's dogs' bed is b.", "C d.")),
+            ("a",),
+        ),
+        (
+            "assistant\n\n"
+            + tk.render_target(
+                replace(marco(), dataset="babi", answers=("a",)),
+                tk.Trace(label="counting", facts=("A b.", "C d.")),
+                "published",
+            ),
+            tk.Trace(label="counting", facts=("A b.", "C d.")),
+            ("a",),
+        ),
+        (
+            "Counting".join(tk._PAPER[0][:2]) + "Mr. A is b.\n</think>\n\n <answer>a</answer>",
+            tk.Trace(label="counting", facts=("Mr. A is b.",)),
+            ("a",),
+        ),
+    ],
+)
 def test_forms_that_occur_are_read_and_reported(text, trace, answers):
     parsed = tk.parse_output(text, replace(marco(), dataset="babi"), "published")
     assert parsed.problems and (parsed.trace, parsed.answers) == (trace, answers)
@@ -288,32 +382,59 @@ def test_forms_that_occur_are_read_and_reported(text, trace, answers):
 
 def test_mutilated_outputs_are_read_and_scored(gold):
     rng = random.Random(0)
-    pieces = ("'", '"', "[", "]", "\\", "</think>", " <answer>", "\n", "\x00",
-              *tk._PAPER[0], *tk._PAPER[1])
+    pieces = (
+        "'",
+        '"',
+        "[",
+        "]",
+        "\\",
+        "</think>",
+        " <answer>",
+        "\n",
+        "\x00",
+        *tk._PAPER[0],
+        *tk._PAPER[1],
+    )
     for k in range(1500):
         e, _ = gold["cotempqa" if k % 2 else "babi"][k % 300]
         text = published(e, rng.choice(("vanilla", "correct")))[1]
         for _ in range(rng.randrange(1, 4)):
             at, to = sorted(rng.randrange(len(text) + 1) for _ in range(2))
-            text = text[:at] + rng.choice(pieces) * rng.randrange(3) + text[rng.choice((at, to)):]
+            text = text[:at] + rng.choice(pieces) * rng.randrange(3) + text[rng.choice((at, to)) :]
         parsed = tk.parse_output(text, e, "published")
         json.dumps(tk.score(parsed, e, "before"), allow_nan=False)
         assert parsed.answers is None or any(parsed.answers)
 
 
-@pytest.mark.parametrize("piece", ["'a', ", "['", "\\", "\\'", "</think> <answer>", "</answer>",
-                                   ",", "[", "-", "'", "I need to use the following facts", "\n"])
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "'a', ",
+        "['",
+        "\\",
+        "\\'",
+        "</think> <answer>",
+        "</answer>",
+        ",",
+        "[",
+        "-",
+        "'",
+        "I need to use the following facts",
+        "\n",
+    ],
+)
 @pytest.mark.parametrize("start", ["", "".join(tk._PAPER[1][:2]).replace(": .", ": mix.") + "["])
 def test_a_hundred_thousand_characters_take_under_a_second(start, piece):
     e, begun = replace(marco(), dataset="cotempqa", label="mix"), time.process_time()
     text = start + piece * (100_000 // len(piece))
     for end in ("", "]", "</think> <answer>['a']</answer>"):
         tk.parse_output(text + end, e, "published")
-        tk.parse_output(text[:19_900 - len(end)] + end, e, "published")
+        tk.parse_output(text[: 19_900 - len(end)] + end, e, "published")
     assert time.process_time() - begun < 3.0
 
 
 # ------------------------------------------------------------- the student in `published`
+
 
 @pytest.fixture(scope="module")
 def plain():
@@ -324,8 +445,10 @@ def plain():
 
 @pytest.fixture(scope="module")
 def rows(microworld):
-    return [{"prompt": tk.render_prompt(e, "published"), "target": published(e)[1]}
-            for e in microworld[:10]]
+    return [
+        {"prompt": tk.render_prompt(e, "published"), "target": published(e)[1]}
+        for e in microworld[:10]
+    ]
 
 
 def test_the_chat_text_has_the_papers_system_text_and_the_loss_sees_all_of_it(plain, rows):
@@ -337,12 +460,13 @@ def test_the_chat_text_has_the_papers_system_text_and_the_loss_sees_all_of_it(pl
             "<|im_start|>system\nYou are Llama, an AI assistant created to be helpful and honest. "
             "Your knowledge spans a wide range of topics, allowing you to engage in substantive "
             "conversations and provide analysis on complex subjects.<|im_end|>\n<|im_start|>user\n"
-            f"{r['prompt']}<|im_end|>\n<|im_start|>assistant\n{r['target']}<|im_end|>")
+            f"{r['prompt']}<|im_end|>\n<|im_start|>assistant\n{r['target']}<|im_end|>"
+        )
         prompt = trainer.encode(tokenizer, r["prompt"])
-        assert ids[:len(prompt)] == prompt and tokenizer.decode(prompt).endswith("assistant\n")
-        assert [list(part) for part in trainer.encode_row(tokenizer, r["prompt"] * 9, r["target"])
-                ] == [part[:1024] for part in trainer.encode(
-                    tokenizer, r["prompt"] * 9, r["target"])]
+        assert ids[: len(prompt)] == prompt and tokenizer.decode(prompt).endswith("assistant\n")
+        assert [
+            list(part) for part in trainer.encode_row(tokenizer, r["prompt"] * 9, r["target"])
+        ] == [part[:1024] for part in trainer.encode(tokenizer, r["prompt"] * 9, r["target"])]
 
 
 def test_direct_prompting_has_no_template_and_controlled_stays_as_it_was(plain, rows, monkeypatch):
@@ -354,7 +478,8 @@ def test_direct_prompting_has_no_template_and_controlled_stays_as_it_was(plain, 
     for direct in (True, False):
         monkeypatch.setitem(scope, "direct", direct)
         assert tuple(trainer.encode_row(tokenizer, r["prompt"] * 9, r["target"])) == tk.encode(
-            tokenizer, r["prompt"] * 9, r["target"], direct)
+            tokenizer, r["prompt"] * 9, r["target"], direct
+        )
 
 
 def test_the_system_text_names_the_family_and_the_date_stands_still(plain):
@@ -367,10 +492,18 @@ def test_the_system_text_names_the_family_and_the_date_stands_still(plain):
 
 def test_the_loss_on_all_tokens_is_the_librarys(plain, rows):
     model, tokenizer = plain
-    batch = tk.collate([dict(zip(("input_ids", "mask"), trainer.encode_row(
-        tokenizer, r["prompt"], r["target"]))) for r in rows[:5]], tokenizer.pad_token_id)
-    lengths = torch.tensor([len(trainer.encode_row(tokenizer, r["prompt"], r["target"])[0])
-                            for r in rows[:5]])
+    batch = tk.collate(
+        [
+            dict(
+                zip(("input_ids", "mask"), trainer.encode_row(tokenizer, r["prompt"], r["target"]))
+            )
+            for r in rows[:5]
+        ],
+        tokenizer.pad_token_id,
+    )
+    lengths = torch.tensor(
+        [len(trainer.encode_row(tokenizer, r["prompt"], r["target"])[0]) for r in rows[:5]]
+    )
     seen = torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]
     labels = batch["input_ids"].masked_fill(~seen, -100)
     with torch.no_grad():
@@ -384,8 +517,15 @@ def test_the_loss_on_all_tokens_is_the_librarys(plain, rows):
 def test_warm_up_and_encoding_reach_the_training(rows, tmp_path):
     model, tokenizer = tk.load_student("tiny")
     curve, facts = tk.finetune(
-        model, tokenizer, rows[:8], tmp_path, epochs=1, batch_size=2, warmup=0.5,
-        encode_row=lambda *row: [part[:30] for part in trainer.encode(*row)])
+        model,
+        tokenizer,
+        rows[:8],
+        tmp_path,
+        epochs=1,
+        batch_size=2,
+        warmup=0.5,
+        encode_row=lambda *row: [part[:30] for part in trainer.encode(*row)],
+    )
     rates = [r["learning_rate"] for r in curve if "learning_rate" in r]
     assert len(rates) == 4 and rates.index(max(rates)) == 2 and facts["train_tokens"] == 8 * 30
 
@@ -397,8 +537,9 @@ def test_a_sampled_output_depends_on_its_own_seed_alone(plain, rows):
     options = {"max_new_tokens": 12}
     whole = tk.generate(model, tokenizer, prompts, seeds=seeds, **options)
     torch.manual_seed(123)
-    part = tk.generate(model, tokenizer, [prompts[i] for i in order],
-                       seeds=[seeds[i] for i in order], **options)
+    part = tk.generate(
+        model, tokenizer, [prompts[i] for i in order], seeds=[seeds[i] for i in order], **options
+    )
     assert part == [whole[i] for i in order]
     assert whole != tk.generate(model, tokenizer, prompts, seeds=[9] * 6, **options)
     assert whole != tk.generate(model, tokenizer, prompts, **options)  # greedy
@@ -406,29 +547,62 @@ def test_a_sampled_output_depends_on_its_own_seed_alone(plain, rows):
 
 # --------------------------------------------------------------------------- the notebooks
 
+
 def test_00_gives_the_papers_settings_to_every_run():
     study = notebook_functions("00_run_study", protocol="published")
     study.of_run.__globals__.update(chosen=study.PROFILES["laptop"])
     for condition in CONDITIONS:
         given = study.of_run(condition, "babi")
-        assert given.items() >= {
-            "epochs": 3, "learning_rate": 2e-4, "lora_dropout": 0.05, "batch_size": 16,
-            "lora_rank": 16, "lora_alpha": 32, "max_new_tokens": 500,
-            "protocol": "published"}.items()
-        tk.check_parameters("03_finetune_student", {
-            **tk.notebook_defaults("03_finetune_student"), **given, "condition": condition})
+        assert (
+            given.items()
+            >= {
+                "epochs": 3,
+                "learning_rate": 2e-4,
+                "lora_dropout": 0.05,
+                "batch_size": 16,
+                "lora_rank": 16,
+                "lora_alpha": 32,
+                "max_new_tokens": 500,
+                "protocol": "published",
+            }.items()
+        )
+        tk.check_parameters(
+            "03_finetune_student",
+            {**tk.notebook_defaults("03_finetune_student"), **given, "condition": condition},
+        )
 
 
-RUN = {"study": "paper", "student": "tiny", "protocol": "published", "condition": "incorrect",
-       "epochs": 1, "max_new_tokens": 24, "learning_rate": 2e-3}
+RUN = {
+    "study": "paper",
+    "student": "tiny",
+    "protocol": "published",
+    "condition": "incorrect",
+    "epochs": 1,
+    "max_new_tokens": 24,
+    "learning_rate": 2e-3,
+}
 
 
 def test_02_and_03_run_and_a_killed_sampling_ends_the_same(tmp_path):
     folder = make_workspace(tmp_path)
-    tk.write_jsonl(folder / "data/interim/microworld/examples.jsonl", notebook_functions(
-        "01_decompose_problems").make_microworld(24, 12, 12))
-    study = ("-p", "study", "paper", "-p", "student", "tiny", "-p", "protocol", "published",
-             "-p", "conditions", "correct,incorrect")
+    tk.write_jsonl(
+        folder / "data/interim/microworld/examples.jsonl",
+        notebook_functions("01_decompose_problems").make_microworld(24, 12, 12),
+    )
+    study = (
+        "-p",
+        "study",
+        "paper",
+        "-p",
+        "student",
+        "tiny",
+        "-p",
+        "protocol",
+        "published",
+        "-p",
+        "conditions",
+        "correct,incorrect",
+    )
     done = papermill(folder, "02_corrupt_traces", *study)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "other gold facts than in controlled: 0 of 48 items" in done.stderr
@@ -439,11 +613,13 @@ def test_02_and_03_run_and_a_killed_sampling_ends_the_same(tmp_path):
     first = papermill(folder, "03_finetune_student", *options)
     assert first.returncode == 0, first.stderr[-3000:]
     assert "0 of 24 training rows are cut at 1024 tokens" in first.stderr
-    results, = folder.glob("data/results/paper/*incorrect-published-seed0-*")
+    (results,) = folder.glob("data/results/paper/*incorrect-published-seed0-*")
     metrics = json.loads((results / "metrics.json").read_text())
     assert (metrics["warmup"], metrics["cut_rows"], metrics["n_test"]) == (0.03, 0, 12)
-    before, outputs = (results / "predictions.jsonl").read_bytes(), (
-        folder / "data/runs" / results.name / "outputs.jsonl")
+    before, outputs = (
+        (results / "predictions.jsonl").read_bytes(),
+        (folder / "data/runs" / results.name / "outputs.jsonl"),
+    )
     lines = outputs.read_bytes().splitlines(keepends=True)
     outputs.write_bytes(b"".join(lines[:5]) + lines[5][:-9])
     (results / "metrics.json").unlink()

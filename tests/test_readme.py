@@ -1,10 +1,12 @@
 """The numbers in the README are those of the committed results."""
+
 import json
 import re
 
 import pytest
-import tracekd_utils as tk
 from conftest import ROOT
+
+import tracekd_utils as tk
 
 README = (ROOT / "README.md").read_text()
 
@@ -21,8 +23,11 @@ def percent(value):
 
 def arm(p):
     """Condition, with the dose and the protocol where they are not the usual ones."""
-    return (f"`{p['condition']}`" + ("" if p["dose"] == 1 else f" {p['dose']:.0%}")
-            + ("" if p["protocol"] == "controlled" else f", {p['protocol']}"))
+    return (
+        f"`{p['condition']}`"
+        + ("" if p["dose"] == 1 else f" {p['dose']:.0%}")
+        + ("" if p["protocol"] == "controlled" else f", {p['protocol']}")
+    )
 
 
 def test_every_row_of_the_result_table_is_a_committed_run():
@@ -37,10 +42,10 @@ def test_every_row_of_the_result_table_is_a_committed_run():
         m = runs[dataset, condition, seed]
         right = tk.proportion(round(m["answer_ok"] * m["n_test"]), m["n_test"])
         assert n == str(m["n_test"])
-        assert answer == (f"{percent(right['estimate'])} ({percent(right['low'])}–"
-                          f"{percent(right['high'])})")
-        assert [label, facts, trace] == [percent(m[f"{k}_ok"])
-                                         for k in ("label", "facts", "trace")]
+        assert answer == (
+            f"{percent(right['estimate'])} ({percent(right['low'])}–{percent(right['high'])})"
+        )
+        assert [label, facts, trace] == [percent(m[f"{k}_ok"]) for k in ("label", "facts", "trace")]
         q = m["quadrants"]
         assert cells == (" / ".join(str(q[k]) for k in ("TP", "FP", "FN", "TN")) if q else "–")
         assert re.match(r"`(make study|03 -p dataset )", command)
@@ -57,8 +62,9 @@ def test_the_reaudit_table_is_the_committed_reaudit(dataset):
         own = tk.proportion(round(r["accuracy_corrected"] * r["n"] / 100), r["n"])
         phi = "–" if r["phi_corrected"] is None else f"{r['phi_corrected']:.2f}"
         assert cells[0] == str(r["n"]) and cells[1] == f"{r['accuracy_released_scorer']:.1f}"
-        assert cells[2] == (f"{r['accuracy_corrected']:.1f} ({100 * own['low']:.1f}–"
-                            f"{100 * own['high']:.1f})")
+        assert cells[2] == (
+            f"{r['accuracy_corrected']:.1f} ({100 * own['low']:.1f}–{100 * own['high']:.1f})"
+        )
         assert cells[3] == ("–" if r["trace_ok"] is None else f"{100 * r['trace_ok']:.1f}")
         assert cells[-1] == phi
 
@@ -77,5 +83,6 @@ def test_the_intervention_table_is_the_committed_one():
         assert own == percent(r["own_identical"])
         assert flip == percent(r["arms"]["wrong_facts"]["flip_rate"])
         assert follow == percent(planted["follow_rate"])
-        assert effect == (f"{100 * r['ate_answer_ok']:+.1f} ({100 * low:+.1f} to "
-                          f"{100 * high:+.1f})")
+        assert effect == (
+            f"{100 * r['ate_answer_ok']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        )

@@ -1,21 +1,24 @@
 """Statistics on hand-computed tables, with the libraries as reference."""
+
 import json
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
-import tracekd_utils as tk
 from scipy import stats
 from sklearn.metrics import matthews_corrcoef
 from statsmodels.stats.contingency_tables import StratifiedTable, Table2x2, mcnemar
 from statsmodels.stats.proportion import confint_proportions_2indep
 
+import tracekd_utils as tk
+
 
 def frame(tp, fp, fn, tn, label="a"):
     """One row an item, from the four counts."""
-    cells = [(True, True)] * tp + [(False, True)] * fp + [(True, False)] * fn + [
-        (False, False)] * tn
+    cells = (
+        [(True, True)] * tp + [(False, True)] * fp + [(True, False)] * fn + [(False, False)] * tn
+    )
     return pd.DataFrame(cells, columns=["trace_ok", "answer_ok"]).assign(label=label)
 
 
@@ -41,35 +44,44 @@ def test_rates_by_hand():
     assert out["answer_given_trace_wrong"]["estimate"] == 20 / 60
     assert out["difference"]["estimate"] == pytest.approx(30 / 40 - 20 / 60)
     assert out["phi"]["estimate"] == pytest.approx(
-        (30 * 40 - 20 * 10) / math.sqrt(40 * 60 * 50 * 50))
+        (30 * 40 - 20 * 10) / math.sqrt(40 * 60 * 50 * 50)
+    )
     assert out["odds_ratio"]["estimate"] == pytest.approx(30 * 40 / (20 * 10))
     chi2 = 100 * (30 * 40 - 20 * 10) ** 2 / (40 * 60 * 50 * 50)
     assert out["test"]["statistic"] == pytest.approx(chi2)
     assert out["test"]["p"] == pytest.approx(stats.chi2.sf(chi2, 1))
 
 
-@pytest.mark.parametrize("cells", [(30, 20, 10, 40), (5, 60, 70, 9), (50, 50, 50, 50),
-                                   (200, 3, 12, 90)])
+@pytest.mark.parametrize(
+    "cells", [(30, 20, 10, 40), (5, 60, 70, 9), (50, 50, 50, 50), (200, 3, 12, 90)]
+)
 def test_association_is_that_of_the_libraries(cells):
     table, out = frame(*cells), tk.disconnect_statistics(frame(*cells))
     tp, fp, fn, tn = cells
     assert out["phi"]["estimate"] == pytest.approx(
-        matthews_corrcoef(table["trace_ok"], table["answer_ok"]))
+        matthews_corrcoef(table["trace_ok"], table["answer_ok"])
+    )
     assert out["phi"]["low"] <= out["phi"]["estimate"] <= out["phi"]["high"]
     # delta method (Agresti 2013, section 3.1.7, by simulation): width within a tenth
-    draws = np.random.default_rng(1).multinomial(sum(cells), np.array(cells) / sum(cells),
-                                                 20_000).astype(float)
+    draws = (
+        np.random.default_rng(1)
+        .multinomial(sum(cells), np.array(cells) / sum(cells), 20_000)
+        .astype(float)
+    )
     a, b, c, d = draws.T
     phi = (a * d - b * c) / np.sqrt((a + b) * (c + d) * (a + c) * (b + d))
     assert out["phi"]["high"] - out["phi"]["low"] == pytest.approx(
-        np.subtract(*np.percentile(phi, [97.5, 2.5])), rel=0.1)
+        np.subtract(*np.percentile(phi, [97.5, 2.5])), rel=0.1
+    )
     odds = Table2x2(np.array([[tp, fn], [fp, tn]]), shift_zeros=False)
     assert [out["odds_ratio"][k] for k in ("estimate", "low", "high")] == pytest.approx(
-        [odds.oddsratio, *odds.oddsratio_confint()])
+        [odds.oddsratio, *odds.oddsratio_confint()]
+    )
     low, high = confint_proportions_2indep(tp, tp + fn, fp, fp + tn, method="newcomb")
     assert (out["difference"]["low"], out["difference"]["high"]) == pytest.approx((low, high))
-    assert out["test"]["p"] == pytest.approx(stats.chi2_contingency(
-        [[tp, fn], [fp, tn]], correction=False).pvalue)
+    assert out["test"]["p"] == pytest.approx(
+        stats.chi2_contingency([[tp, fn], [fp, tn]], correction=False).pvalue
+    )
 
 
 def test_fisher_below_an_expected_count_of_five():
@@ -84,15 +96,23 @@ def test_haldane_anscombe_where_a_cell_is_empty():
     log = math.log(8.5 * 6.5 / (4.5 * 0.5))
     half = stats.norm.ppf(0.975) * math.sqrt(1 / 8.5 + 1 / 6.5 + 1 / 4.5 + 1 / 0.5)
     assert [out[k] for k in ("estimate", "low", "high")] == pytest.approx(
-        np.exp([log, log - half, log + half]))
+        np.exp([log, log - half, log + half])
+    )
     assert "half" in out["reason"]
     assert tk.disconnect_statistics(frame(8, 4, 1, 6))["odds_ratio"]["reason"] is None
 
 
-@pytest.mark.parametrize("cells, reason", [
-    ((3, 0, 2, 0), "all traces are right"), ((0, 3, 0, 2), "all traces are wrong"),
-    ((3, 2, 0, 0), "all answers are right"), ((0, 0, 3, 2), "all answers are wrong"),
-    ((5, 0, 0, 0), "all traces are right"), ((0, 0, 0, 1), "all traces are wrong")])
+@pytest.mark.parametrize(
+    "cells, reason",
+    [
+        ((3, 0, 2, 0), "all traces are right"),
+        ((0, 3, 0, 2), "all traces are wrong"),
+        ((3, 2, 0, 0), "all answers are right"),
+        ((0, 0, 3, 2), "all answers are wrong"),
+        ((5, 0, 0, 0), "all traces are right"),
+        ((0, 0, 0, 1), "all traces are wrong"),
+    ],
+)
 def test_an_empty_margin_gives_null_and_its_reason(cells, reason):
     out = tk.disconnect_statistics(frame(*cells))
     for name in ("phi", "odds_ratio"):
@@ -106,8 +126,9 @@ def test_strata_are_those_of_the_library_and_empty_ones_are_left_out():
     parts = [(12, 5, 6, 20), (30, 14, 9, 11), (7, 0, 3, 0)]
     table = pd.concat([frame(*c, label=k) for k, c in zip("abc", parts)])
     out = tk.disconnect_statistics(table)["by_label"]
-    reference = StratifiedTable([np.array([[tp, fn], [fp, tn]], float)
-                                 for tp, fp, fn, tn in parts[:2]])
+    reference = StratifiedTable(
+        [np.array([[tp, fn], [fp, tn]], float) for tp, fp, fn, tn in parts[:2]]
+    )
     assert out["strata"] == 2
     assert out["odds_ratio"] == pytest.approx(reference.oddsratio_pooled)
     assert out["p"] == pytest.approx(reference.test_null_odds(correction=False).pvalue)
@@ -122,11 +143,14 @@ def test_an_infinite_pooled_odds_ratio_is_null_with_a_reason():
 
 def test_wilson_interval_by_hand():
     z, n, p = stats.norm.ppf(0.975), 20, 0.35
-    centre, half = (p + z * z / 2 / n) / (1 + z * z / n), z / (1 + z * z / n) * math.sqrt(
-        p * (1 - p) / n + z * z / 4 / n / n)
+    centre, half = (
+        (p + z * z / 2 / n) / (1 + z * z / n),
+        z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n),
+    )
     out = tk.proportion(7, 20)
     assert [out[k] for k in ("estimate", "low", "high")] == pytest.approx(
-        [p, centre - half, centre + half])
+        [p, centre - half, centre + half]
+    )
     none, all_ = tk.proportion(0, 9), tk.proportion(9, 9)
     assert none["low"] == pytest.approx(0) and all_["high"] == pytest.approx(1)
     assert none["high"] == pytest.approx(1 - all_["low"])
@@ -141,8 +165,9 @@ def test_mcnemar_midp(b, c):
     out = tk.mcnemar_midp(first, second)
     # mid-p = exact p less the probability of the observed split (Fagerland 2013)
     n, k = b + c, min(b, c)
-    expected = 1.0 if b == c else mcnemar([[7, b], [c, 3]], exact=True).pvalue - (
-        math.comb(n, k) / 2 ** n)
+    expected = (
+        1.0 if b == c else mcnemar([[7, b], [c, 3]], exact=True).pvalue - (math.comb(n, k) / 2**n)
+    )
     assert out["p"] == pytest.approx(expected)
     assert (out["b"], out["c"], out["n"]) == (b, c, len(pairs))
     assert out["difference"] == pytest.approx((b - c) / len(pairs))

@@ -1,15 +1,19 @@
 """08: variations that keep the meaning are read as before, changes are seen."""
+
 import dataclasses
 import json
 import re
 
 import pytest
-import tracekd_utils as tk
 from conftest import ROOT, notebook_functions, papermill
 
+import tracekd_utils as tk
+
 SAVED = sorted((ROOT / "data/results/stress").glob("*.json"))
-TEXT = ("<think>Question type: object-place\nFacts:\n- Mary took the apple.\n"
-        "- Mary went to the kitchen.</think>\n<answer>kitchen</answer>")
+TEXT = (
+    "<think>Question type: object-place\nFacts:\n- Mary took the apple.\n"
+    "- Mary went to the kitchen.</think>\n<answer>kitchen</answer>"
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +29,36 @@ def item(stress, example):
     return stress.Item(TEXT, example, parsed.trace.label, parsed.trace.facts, parsed.answers)
 
 
-KEEP = ("tag case", "tag name", "tag missing", "tag repeated", "bullets", "list form",
-        "reordered", "prose before", "prose between", "prose after", "label form",
-        "curly quotes", "full width", "line break", "word cut", "spaces", "markdown",
-        "truncated")
-CHANGE = ("other label", "fact swapped", "near-miss fact", "fact negated", "fact added",
-          "fact left out", "other answer", "answer added")
+KEEP = (
+    "tag case",
+    "tag name",
+    "tag missing",
+    "tag repeated",
+    "bullets",
+    "list form",
+    "reordered",
+    "prose before",
+    "prose between",
+    "prose after",
+    "label form",
+    "curly quotes",
+    "full width",
+    "line break",
+    "word cut",
+    "spaces",
+    "markdown",
+    "truncated",
+)
+CHANGE = (
+    "other label",
+    "fact swapped",
+    "near-miss fact",
+    "fact negated",
+    "fact added",
+    "fact left out",
+    "other answer",
+    "answer added",
+)
 
 
 def test_the_lists_above_are_the_notebooks(stress):
@@ -42,8 +70,12 @@ def test_a_mild_variation_is_another_text_that_reads_the_same(stress, item, name
     text = stress.KEEP[name](item, tk.stream(0, "x", name), 1)
     assert text != TEXT
     fields, verdicts = stress.readings(text, item)
-    assert fields == {"label": True, "facts": True, "answer": True, "strict_ok": (
-        name in ("reordered", "curly quotes", "word cut", "spaces"))}
+    assert fields == {
+        "label": True,
+        "facts": True,
+        "answer": True,
+        "strict_ok": (name in ("reordered", "curly quotes", "word cut", "spaces")),
+    }
     assert verdicts["lenient"] == (True, True)
 
 
@@ -68,21 +100,24 @@ def test_a_fact_is_cut_only_where_the_rest_fits_it_alone(stress):
 
 
 def test_outputs_without_a_meaning_to_keep_are_left_out_and_counted(stress, example):
-    outputs = [(t, example) for t in (TEXT, "", "<think></think>", TEXT + TEXT,
-                                      TEXT.replace("\n- ", "\n"))]
+    outputs = [
+        (t, example) for t in (TEXT, "", "<think></think>", TEXT + TEXT, TEXT.replace("\n- ", "\n"))
+    ]
     items, left_out = stress.draw_items(outputs, 10)
     assert [i.text for i in items] == [TEXT] and sum(left_out.values()) == 4
 
 
 def test_the_released_scoring_by_hand(example):
-    other = dataclasses.replace(example, id="b", label="person-place",
-                                facts=("Tom is here.",), gold_facts=("Tom is here.",))
+    other = dataclasses.replace(
+        example, id="b", label="person-place", facts=("Tom is here.",), gold_facts=("Tom is here.",)
+    )
     one_fact = TEXT.replace("\n- Mary went to the kitchen.", "")
     assert tk.released_score(one_fact, example) == {"answer_ok": True, "trace_ok": True}
     assert tk.released_score(TEXT, example, [other, example])["trace_ok"] is False  # B1
     assert tk.released_score("kitchen", example) == {"answer_ok": True, "trace_ok": None}
-    assert tk.released_score(TEXT.replace(">kitchen<", ">the kitchen<"),
-                             example)["answer_ok"] is False
+    assert (
+        tk.released_score(TEXT.replace(">kitchen<", ">the kitchen<"), example)["answer_ok"] is False
+    )
     assert tk.released_extract("Answer: Kitchen") == " kitchen"
     assert tk.released_extract("My answer is x, no answer is y") == "is x, no"
 
@@ -93,21 +128,20 @@ def test_the_committed_results_reach_the_floor(path):
     assert saved["n_varied"] > 0 and {r["strength"] for r in saved["variations"]} == {1, 2, 3}
     for r in saved["variations"]:
         if r["kind"] == "keeps" and r["strength"] == 1 and r["n"]:
-            assert all(r[f]["estimate"] >= 0.95
-                       for f in ("label", "facts", "answer", "lenient_quadrant")), r
+            assert all(
+                r[f]["estimate"] >= 0.95 for f in ("label", "facts", "answer", "lenient_quadrant")
+            ), r
         if r["kind"] == "changes" and r["n"]:
             assert r[r["changed"]]["estimate"] <= 0.01, r
 
 
 def test_there_are_committed_results():
-    assert {p.stem for p in SAVED} >= {"laptop", "babi", "published-babi",
-                                       "published-cotempqa"}
+    assert {p.stem for p in SAVED} >= {"laptop", "babi", "published-babi", "published-cotempqa"}
 
 
 def test_a_source_without_outputs_says_so(workspace):
     done = papermill(workspace, "08_stress_the_parser", "-p", "source", "nowhere")
     assert done.returncode == 0, done.stderr[-2000:]
     out = json.loads((workspace / "08_stress_the_parser-out.ipynb").read_text())
-    text = "".join("".join(o.get("text", "")) for c in out["cells"]
-                   for o in c.get("outputs", ()))
+    text = "".join("".join(o.get("text", "")) for c in out["cells"] for o in c.get("outputs", ()))
     assert re.search("nowhere: no output that can be varied", text)

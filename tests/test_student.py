@@ -1,4 +1,5 @@
 """The student: loading, loss, training and resuming, generation, and a failed fetch."""
+
 import ast
 import inspect
 import subprocess
@@ -10,17 +11,23 @@ from importlib import import_module
 import papermill.cli
 import pytest
 import torch
-import tracekd_utils as tk
 from conftest import ROOT
 from safetensors.torch import load_file
+
+import tracekd_utils as tk
 
 
 @pytest.fixture(scope="module")
 def rows(corrupter, microworld):
     """Prompts and targets of 28 training and 8 validation items."""
     pool = corrupter.Pool(microworld)
-    return [{"prompt": tk.render_prompt(e), "target": tk.render_target(
-        e, corrupter.make_trace(e, "correct", pool))} for e in microworld[:36]]
+    return [
+        {
+            "prompt": tk.render_prompt(e),
+            "target": tk.render_target(e, corrupter.make_trace(e, "correct", pool)),
+        }
+        for e in microworld[:36]
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +37,19 @@ def plain():
     return model.float(), tokenizer
 
 
-@pytest.mark.parametrize("gpu, fast, device, dtype", [
-    (False, False, "cpu", torch.float32), (False, True, "cpu", torch.bfloat16),
-    (True, False, "cuda", torch.float16), (True, True, "cuda", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "gpu, fast, device, dtype",
+    [
+        (False, False, "cpu", torch.float32),
+        (False, True, "cpu", torch.bfloat16),
+        (True, False, "cuda", torch.float16),
+        (True, True, "cuda", torch.bfloat16),
+    ],
+)
 def test_resolve_device_gives_its_reason(monkeypatch, gpu, fast, device, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "T4")
-    for place, probe in ((torch.cuda, "is_bf16_supported"),
-                         (torch.cpu, "_is_amx_tile_supported")):
+    for place, probe in ((torch.cuda, "is_bf16_supported"), (torch.cpu, "_is_amx_tile_supported")):
         monkeypatch.setattr(place, probe, lambda *_: fast)
     choice = tk.resolve_device()
     assert (choice["device"], choice["dtype"]) == (device, dtype)
@@ -53,8 +65,18 @@ def test_tiny_is_stored_in_four_bits():
     assert tokenizer.pad_token and tokenizer.chat_template
 
 
-@pytest.mark.parametrize("text", ["", "Mary  took\n\nthe apple.\t;", "漢字 עברית \U0001f600", "\\u003b",
-                                  "\x00\x1b", "<think>a</think>"], ids=repr)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Mary  took\n\nthe apple.\t;",
+        "漢字 עברית \U0001f600",
+        "\\u003b",
+        "\x00\x1b",
+        "<think>a</think>",
+    ],
+    ids=repr,
+)
 def test_the_tiny_tokenizer_round_trips(plain, text):
     assert plain[1].decode(tk.encode(plain[1], text), skip_special_tokens=True) == text
 
@@ -75,35 +97,42 @@ def test_the_loss_sees_exactly_completion_and_end(plain, rows, direct):
         prompt = [i for i, m in zip(ids, mask) if not m]
         assert prompt == tk.encode(tokenizer, r["prompt"], None, direct)
         text = tokenizer.decode(prompt)
-        assert (r["prompt"] in text and text.endswith("assistant\n")) if direct else (
-            text == r["prompt"])
+        assert (
+            (r["prompt"] in text and text.endswith("assistant\n"))
+            if direct
+            else (text == r["prompt"])
+        )
 
 
 def test_our_loss_is_the_librarys(plain, rows):
     model, tokenizer = plain
-    coded = [dict(zip(("input_ids", "mask"), tk.encode(tokenizer, r["prompt"], r["target"])))
-             for r in rows[:6]]
+    coded = [
+        dict(zip(("input_ids", "mask"), tk.encode(tokenizer, r["prompt"], r["target"])))
+        for r in rows[:6]
+    ]
     batch = tk.collate(coded, tokenizer.pad_token_id)
     lengths = torch.tensor([len(c["mask"]) for c in coded])
     seen = torch.arange(int(lengths.max())) < lengths[:, None]
     assert not seen.all()  # some rows are padded, and ours has no mask that hides it
     with torch.no_grad():
         ours = model(**batch)
-        whole = model(input_ids=batch["input_ids"], labels=batch["labels"],
-                      attention_mask=seen.long())
+        whole = model(
+            input_ids=batch["input_ids"], labels=batch["labels"], attention_mask=seen.long()
+        )
     count = int((batch["labels"] != -100).sum())
     assert ours.logits.shape[-2] == batch["shift_labels"].numel() == count
     assert ours.loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)
     logits = whole.logits[:, :-1].flatten(0, 1)
     by_hand = torch.nn.functional.cross_entropy(
-        logits, batch["labels"][:, 1:].flatten(), ignore_index=-100)
+        logits, batch["labels"][:, 1:].flatten(), ignore_index=-100
+    )
     assert ours.loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
 
 
 def test_epochs_cover_every_row_in_a_fixed_order():
     lengths = [5, 9, 7, 30, 2, 11, 8]
     order = tk.training_order(lengths, 2, 3, seed=4)
-    assert [sorted(order[k:k + 7]) for k in (0, 7, 14)] == [list(range(7))] * 3
+    assert [sorted(order[k : k + 7]) for k in (0, 7, 14)] == [list(range(7))] * 3
     assert order == tk.training_order(lengths, 2, 3, seed=4)
     assert order[:7] == tk.training_order(lengths, 2, 1, seed=4) != order[7:14]
     assert order != tk.training_order(lengths, 2, 3, seed=5)
@@ -113,13 +142,24 @@ def finetune(rows, folder, validation=(), report=lambda line: None, dropout=0.05
     """14 steps, a checkpoint every 4: (losses, adapter tensors)."""
     model, tokenizer = tk.load_student("tiny")
     curve, facts = tk.finetune(
-        model, tokenizer, rows[:28], folder, validation=validation, epochs=2, batch_size=4,
-        lora_rank=4, lora_dropout=dropout, checkpoint_steps=4, seed=1, report=report)
+        model,
+        tokenizer,
+        rows[:28],
+        folder,
+        validation=validation,
+        epochs=2,
+        batch_size=4,
+        lora_rank=4,
+        lora_dropout=dropout,
+        checkpoint_steps=4,
+        seed=1,
+        report=report,
+    )
     assert facts["train_tokens_per_s"] > 0 and facts["train_tokens"] == 2 * sum(
-        len(tk.encode(tokenizer, r["prompt"], r["target"])[0]) for r in rows[:28])
+        len(tk.encode(tokenizer, r["prompt"], r["target"])[0]) for r in rows[:28]
+    )
     losses = [r["loss"] for r in curve if "loss" in r]
-    assert len(losses) == 14 and sum("eval_loss" in r for r in curve) == (
-        5 if validation else 0)
+    assert len(losses) == 14 and sum("eval_loss" in r for r in curve) == (5 if validation else 0)
     return losses, load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
@@ -130,9 +170,12 @@ def same(a, b):
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_fused_adapters_give_the_librarys_output_and_gradients(rows, dropout):
     from peft import LoraConfig, get_peft_model
+
     model, tokenizer = tk.load_student("tiny")
-    model = get_peft_model(model.train(), LoraConfig(
-        r=4, lora_alpha=6, lora_dropout=dropout, target_modules=tk.PROJECTIONS))
+    model = get_peft_model(
+        model.train(),
+        LoraConfig(r=4, lora_alpha=6, lora_dropout=dropout, target_modules=tk.PROJECTIONS),
+    )
     ids = torch.tensor([tk.encode(tokenizer, rows[0]["prompt"])])
     weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
     generator = torch.Generator().manual_seed(0)
@@ -173,7 +216,8 @@ def test_an_evaluation_leaves_the_training_as_it_is(rows, tmp_path):
     # Without dropout: an evaluation draws one random number, for its order of rows
     (losses, adapter), (plain, reference) = (
         finetune(rows, tmp_path / str(len(held_out)), held_out, dropout=0.0)
-        for held_out in (rows[28:], ()))
+        for held_out in (rows[28:], ())
+    )
     assert losses == plain and same(adapter, reference)
 
 
@@ -189,6 +233,7 @@ def test_a_killed_training_ends_with_the_same_adapter(trained, rows, tmp_path, c
         lines.append(line)
         if line.startswith("step 10/"):
             raise Killed
+
     with pytest.raises(Killed):
         finetune(rows, tmp_path, rows[28:], kill)
     assert len(lines) == 10 and not (tmp_path / "adapter").exists()
@@ -209,22 +254,29 @@ def single(model, ids, length):
     with torch.no_grad():
         for _ in range(length):
             out.append(int(model(torch.tensor([out])).logits[0, -1].argmax()))
-    return out[len(ids):]
+    return out[len(ids) :]
 
 
 def test_batched_generation_is_one_by_one_generation(trained, rows):
     model, tokenizer = tk.load_student("tiny", True, trained[2] / "adapter")
     model.float()
-    prompts = [tk.encode(tokenizer, r["prompt"] * (1 + i % 2)) for i, r in enumerate(
-        rows[:9])] + [tk.encode(tokenizer, "Mary")]
+    prompts = [tk.encode(tokenizer, r["prompt"] * (1 + i % 2)) for i, r in enumerate(rows[:9])] + [
+        tk.encode(tokenizer, "Mary")
+    ]
     expected = [single(model, p, 12) for p in prompts]
     assert len(set(map(tuple, expected))) > 3
     stop = expected[0][5]
     model.generation_config.eos_token_id = stop
-    cut = [e[:e.index(stop)] if stop in e else e for e in expected]
+    cut = [e[: e.index(stop)] if stop in e else e for e in expected]
     seen = {}
-    out = tk.generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=4,
-                      on_batch=lambda at, ids: seen.update(zip(at, ids)))
+    out = tk.generate(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=12,
+        batch_size=4,
+        on_batch=lambda at, ids: seen.update(zip(at, ids)),
+    )
     assert out == cut and [seen[i] for i in range(len(prompts))] == out
     assert {len(c) for c in cut} != {12}
 
@@ -262,6 +314,7 @@ def test_without_network_and_student_the_message_says_what_to_do(no_students, mo
     def offline(command, **_):
         calls.append(command)
         return subprocess.CompletedProcess(command, 1, "", "ERROR: no route to host")
+
     monkeypatch.setattr(subprocess, "run", offline)
     for _ in range(2):
         with pytest.raises(RuntimeError, match=f"no route.*{no_students}.*tiny"):
@@ -290,20 +343,33 @@ def keywords_in_use():
     return dict(used)
 
 
-@pytest.mark.parametrize("name", [
-    "TrainingArguments", "Trainer", "LoraConfig", "BitsAndBytesConfig", "GgufConfig",
-    "LlamaConfig", "PreTrainedTokenizerFast",
-    "proportion_confint", "confint_proportions_2indep", "Table2x2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "TrainingArguments",
+        "Trainer",
+        "LoraConfig",
+        "BitsAndBytesConfig",
+        "GgufConfig",
+        "LlamaConfig",
+        "PreTrainedTokenizerFast",
+        "proportion_confint",
+        "confint_proportions_2indep",
+        "Table2x2",
+    ],
+)
 def test_third_party_callables_take_our_keywords(name):
-    ((module, _), keywords), = [(k, v) for k, v in keywords_in_use().items() if k[1] == name]
+    (((module, _), keywords),) = [(k, v) for k, v in keywords_in_use().items() if k[1] == name]
     target = getattr(import_module(module), name)
     parameters = inspect.signature(target).parameters
     assert keywords
-    fields = set(parameters) | set(getattr(target, "__dataclass_fields__", ())) | set(
-        getattr(target, "__annotations__", ()))
+    fields = (
+        set(parameters)
+        | set(getattr(target, "__dataclass_fields__", ()))
+        | set(getattr(target, "__annotations__", ()))
+    )
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    assert keywords <= fields or open_ended and name == "PreTrainedTokenizerFast", (
-        keywords - fields)
+    assert keywords <= fields or open_ended and name == "PreTrainedTokenizerFast", keywords - fields
 
 
 def test_papermill_takes_our_options():

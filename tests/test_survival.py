@@ -3,6 +3,7 @@ would, or with one error that says what to do.
 
 `pytest -s tests/test_survival.py -k matrix` prints the kill matrix.
 """
+
 import json
 import os
 import re
@@ -17,24 +18,43 @@ from types import SimpleNamespace
 import pandas as pd
 import psutil
 import pytest
-import tracekd_utils as tk
 from conftest import make_workspace, notebook_functions
+
+import tracekd_utils as tk
 
 TIMES = ("seconds", "train_tokens_per_s", "peak_memory_gib")
 # enough training for metrics that are not all 0
-RUN = {"student": "tiny", "study": "killed", "epochs": 100, "learning_rate": 0.015,
-       "max_new_tokens": 64, "checkpoint_steps": 10}
+RUN = {
+    "student": "tiny",
+    "study": "killed",
+    "epochs": 100,
+    "learning_rate": 0.015,
+    "max_new_tokens": 64,
+    "checkpoint_steps": 10,
+}
 WORLD = {"study": "killed", "n_train": 24, "n_validation": 12, "n_test": 96}
+
 
 def start(folder, name, parameters, log="log.txt", limit=None):
     """Start a notebook by papermill, one thread, offline; its output goes to `log`."""
-    command = [sys.executable, "-m", "papermill", f"notebooks/{name}.ipynb", f"{log}.ipynb",
-               "--no-progress-bar", "--log-output",
-               *(x for k, v in parameters.items() for x in ("-p", k, str(v)))]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        f"notebooks/{name}.ipynb",
+        f"{log}.ipynb",
+        "--no-progress-bar",
+        "--log-output",
+        *(x for k, v in parameters.items() for x in ("-p", k, str(v))),
+    ]
     return subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.DEVNULL, stderr=(folder / log).open("w"),
-        preexec_fn=limit, env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": "",
-                               "OMP_NUM_THREADS": "1"})
+        command,
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=(folder / log).open("w"),
+        preexec_fn=limit,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "OMP_NUM_THREADS": "1"},
+    )
 
 
 def finish(folder, name, parameters, log="log.txt", limit=None):
@@ -54,10 +74,14 @@ def kill_when(folder, name, parameters, reached):
     process, end = start(folder, name, parameters), time.monotonic() + 600
     while not reached():
         assert process.poll() is None and time.monotonic() < end, (
-            "ended before its kill", (folder / "log.txt").read_text()[-3000:])
+            "ended before its kill",
+            (folder / "log.txt").read_text()[-3000:],
+        )
         time.sleep(0.01)
-    for victim in [*psutil.Process(process.pid).children(recursive=True),
-                   psutil.Process(process.pid)]:
+    for victim in [
+        *psutil.Process(process.pid).children(recursive=True),
+        psutil.Process(process.pid),
+    ]:
         victim.kill()
     process.wait()
 
@@ -68,25 +92,38 @@ def prepare(folder, corrupter):
     examples = notebook_functions("01_decompose_problems").make_microworld(24, 12, 96)
     interim, pool = folder / "data/interim/microworld", corrupter.Pool(examples)
     tk.write_jsonl(interim / "examples.jsonl", examples)
-    tk.write_jsonl(interim / "sft/controlled/correct-dose1-seed0.jsonl", [
-        {"id": e.id, "split": e.split, "condition": "correct", "prompt": tk.render_prompt(e),
-         "target": tk.render_target(e, corrupter.make_trace(e, "correct", pool))}
-        for e in examples])
+    tk.write_jsonl(
+        interim / "sft/controlled/correct-dose1-seed0.jsonl",
+        [
+            {
+                "id": e.id,
+                "split": e.split,
+                "condition": "correct",
+                "prompt": tk.render_prompt(e),
+                "target": tk.render_target(e, corrupter.make_trace(e, "correct", pool)),
+            }
+            for e in examples
+        ],
+    )
     return folder
 
 
 def read_run(folder):
     """Everything of a finished run that must not depend on kills."""
-    metrics_path, = folder.glob("data/results/killed/*/metrics.json")
+    (metrics_path,) = folder.glob("data/results/killed/*/metrics.json")
     results, metrics = metrics_path.parent, json.loads(metrics_path.read_text())
     curve = pd.read_csv(results / "training_curve.csv")
     return SimpleNamespace(
-        folder=folder, results=results, run_dir=folder / "data/runs" / results.name,
+        folder=folder,
+        results=results,
+        run_dir=folder / "data/runs" / results.name,
         metrics={k: v for k, v in metrics.items() if k not in TIMES},
         predictions=(results / "predictions.jsonl").read_bytes(),
-        adapter=(folder / "data/runs" / results.name
-                 / "adapter/adapter_model.safetensors").read_bytes(),
-        curve=curve[["step", "loss", "eval_loss", "learning_rate"]].fillna(0).to_numpy())
+        adapter=(
+            folder / "data/runs" / results.name / "adapter/adapter_model.safetensors"
+        ).read_bytes(),
+        curve=curve[["step", "loss", "eval_loss", "learning_rate"]].fillna(0).to_numpy(),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -119,16 +156,22 @@ def decomposition(unkilled, folder, corrupter):
     run_whole(folder / "reference", "01_decompose_problems", WORLD)
     expected = [(folder / "reference" / name).read_bytes() for name in names]
     killed, (examples, result) = folder / "killed", [folder / "killed" / n for n in names]
-    kill_when(killed, "01_decompose_problems", WORLD,
-              lambda: "pure Python on the CPU" in (killed / "log.txt").read_text())
+    kill_when(
+        killed,
+        "01_decompose_problems",
+        WORLD,
+        lambda: "pure Python on the CPU" in (killed / "log.txt").read_text(),
+    )
     assert not examples.exists() and not result.exists()
     kill_when(killed, "01_decompose_problems", WORLD, examples.exists)
     assert examples.read_bytes() == expected[0]
     run_whole(killed, "01_decompose_problems", WORLD)
     assert [examples.read_bytes(), result.read_bytes()] == expected
     assert not list(folder.rglob("*.partial"))
-    both = [{k: found[k] for k in ("kept", "disagreements")} for found in (
-        json.loads(result.read_text()), json.loads(expected[1]))]
+    both = [
+        {k: found[k] for k in ("kept", "disagreements")}
+        for found in (json.loads(result.read_text()), json.loads(expected[1]))
+    ]
     return "at its start, and at its first file", *both
 
 
@@ -136,29 +179,35 @@ def training(unkilled, folder, corrupter):
     run_dir = prepare(folder, corrupter) / "data/runs" / unkilled.results.name
     shutil.copytree(unkilled.folder / "data/raw", folder / "data/raw")  # the student
     at = run_dir / "checkpoints"
-    status, log = finish(folder, "03_finetune_student", RUN, limit=lambda: resource.setrlimit(
-        resource.RLIMIT_FSIZE, (200_000, 200_000)))  # as a full disk: the optimiser is larger
+    status, log = finish(
+        folder,
+        "03_finetune_student",
+        RUN,
+        limit=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
+    )  # as a full disk: the optimiser is larger
     assert status and not (run_dir / "adapter").exists()
     assert "could not be written" in last_error(log) and str(run_dir) in last_error(log)
     # the folder appears before its files: the hardest moment
     kill_when(folder, "03_finetune_student", RUN, (at / "checkpoint-20").exists)
-    kill_when(folder, "03_finetune_student", RUN,
-              (at / "checkpoint-60/trainer_state.json").exists)
+    kill_when(folder, "03_finetune_student", RUN, (at / "checkpoint-60/trainer_state.json").exists)
     assert not (run_dir / "adapter").exists() and not results_of(folder)
     newest = max(at.iterdir(), key=lambda p: int(p.name.partition("-")[2]))
     cut_short(newest / "optimizer.pt")
     log = run_whole(folder, "03_finetune_student", RUN)
     assert f"{newest.name} is incomplete" in log and "step 300/300" in log
-    return ("without space, twice in training, newest checkpoint cut short",
-            *same_ends(folder, unkilled))
+    return (
+        "without space, twice in training, newest checkpoint cut short",
+        *same_ends(folder, unkilled),
+    )
 
 
 def generation(unkilled, folder, corrupter):
     run_dir = copy_of(unkilled, folder)
     outputs = run_dir / "outputs.jsonl"
     outputs.unlink()
-    kill_when(folder, "03_finetune_student", RUN,
-              lambda: outputs.exists() and outputs.stat().st_size)
+    kill_when(
+        folder, "03_finetune_student", RUN, lambda: outputs.exists() and outputs.stat().st_size
+    )
     content = outputs.read_bytes()
     assert 1 < content.count(b"\n") < 96 and not results_of(folder)
     outputs.write_bytes(content[:-20])
@@ -177,21 +226,27 @@ def scoring(unkilled, folder, corrupter):
     content = curve.read_bytes()
     curve.unlink()
     os.mkfifo(curve)  # read between predictions and metrics: nobody writes, 03 waits there
-    kill_when(folder, "03_finetune_student", RUN,
-              lambda: list(folder.glob("data/results/*/*/predictions.jsonl")))
+    kill_when(
+        folder,
+        "03_finetune_student",
+        RUN,
+        lambda: list(folder.glob("data/results/*/*/predictions.jsonl")),
+    )
     assert not results_of(folder)
     curve.unlink()
     curve.write_bytes(content)
     log = run_whole(folder, "03_finetune_student", RUN)
     assert "step " not in log and "generated " not in log
     same_ends(folder, unkilled)
-    predictions, = folder.glob("data/results/*/*/predictions.jsonl")
+    (predictions,) = folder.glob("data/results/*/*/predictions.jsonl")
     for path in (predictions, run_dir / "outputs.jsonl"):  # a finished run, cut afterwards
         path.write_bytes(path.read_bytes()[:-20])
     log = run_whole(folder, "03_finetune_student", RUN)
     assert "line 96" in log and "made again" in log and "generated 96/96" in log
-    return ("unwritable, between predictions and metrics, predictions cut in mid-line",
-            *same_ends(folder, unkilled))
+    return (
+        "unwritable, between predictions and metrics, predictions cut in mid-line",
+        *same_ends(folder, unkilled),
+    )
 
 
 def results_of(folder):
@@ -204,7 +259,7 @@ def last_error(log):
 
 def cut_short(path, share=0.6):
     content = path.read_bytes()
-    path.write_bytes(content[:int(len(content) * share)])
+    path.write_bytes(content[: int(len(content) * share)])
 
 
 def same_ends(folder, unkilled):
@@ -227,16 +282,32 @@ STAGES = {f.__name__: f for f in (decomposition, training, generation, scoring)}
 def matrix(unkilled, corrupter, tmp_path_factory):
     """{stage: what was done to it and the metrics of both runs}, two stages at a time."""
     with ThreadPoolExecutor(2) as pool:
-        return {name: pool.submit(stage, unkilled, tmp_path_factory.mktemp("stage") / name,
-                                  corrupter) for name, stage in STAGES.items()}
+        return {
+            name: pool.submit(stage, unkilled, tmp_path_factory.mktemp("stage") / name, corrupter)
+            for name, stage in STAGES.items()
+        }
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_kill_matrix(matrix, stage):
     done, ours, theirs = matrix[stage].result()
-    shown = [{k: v for k, v in m.items() if k in (
-        "kept", "disagreements", "answer_ok", "label_ok", "facts_ok", "parsed_ok", "quadrants")}
-        for m in (ours, theirs)]
+    shown = [
+        {
+            k: v
+            for k, v in m.items()
+            if k
+            in (
+                "kept",
+                "disagreements",
+                "answer_ok",
+                "label_ok",
+                "facts_ok",
+                "parsed_ok",
+                "quadrants",
+            )
+        }
+        for m in (ours, theirs)
+    ]
     print(f"\n{stage}, killed {done}\n  killed   {shown[0]}\n  unkilled {shown[1]}")
     assert ours == theirs and (stage == "decomposition" or theirs["label_ok"] > 0)
 
@@ -253,16 +324,22 @@ def test_the_second_process_waits_and_trains_nothing(unkilled):
 def checkpoints(corrupter, tmp_path_factory):
     """Folder with the checkpoints 2 and 4 of a training."""
     examples = notebook_functions("01_decompose_problems").make_microworld(8, 0, 0)
-    rows = [{"prompt": tk.render_prompt(e), "target": tk.render_target(e, None)}
-            for e in examples]
+    rows = [{"prompt": tk.render_prompt(e), "target": tk.render_target(e, None)} for e in examples]
     folder = tmp_path_factory.mktemp("checkpoints")
-    tk.finetune(*tk.load_student("tiny"), rows, folder, epochs=2, batch_size=4,
-                checkpoint_steps=2)
+    tk.finetune(*tk.load_student("tiny"), rows, folder, epochs=2, batch_size=4, checkpoint_steps=2)
     return folder / "checkpoints"
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt",
-                                  "rng_state.pth", "trainer_state.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adapter_model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+    ],
+)
 @pytest.mark.parametrize("cut", [0, 0.9, None], ids=["empty", "cut", "missing"])
 def test_a_checkpoint_cut_short_falls_back_to_the_one_before(checkpoints, tmp_path, name, cut):
     folder, lines = shutil.copytree(checkpoints, tmp_path / "checkpoints"), []
@@ -279,8 +356,12 @@ def test_a_checkpoint_cut_short_falls_back_to_the_one_before(checkpoints, tmp_pa
 def test_the_trainer_writes_the_files_that_are_looked_at(checkpoints):
     for part in checkpoints.iterdir():
         assert {p.name for p in part.iterdir()} >= {
-            "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth",
-            "trainer_state.json"}
+            "adapter_model.safetensors",
+            "optimizer.pt",
+            "scheduler.pt",
+            "rng_state.pth",
+            "trainer_state.json",
+        }
 
 
 def full_disk(path):
@@ -288,13 +369,18 @@ def full_disk(path):
     path.with_name(f".{path.name}.{os.getpid()}.partial").symlink_to("/dev/full")
 
 
-@pytest.mark.parametrize("write, content", [
-    (tk.write_atomic, "new" * 10_000), (tk.write_json, {"new": 1}), (tk.write_jsonl, [{"a": 1}])])
+@pytest.mark.parametrize(
+    "write, content",
+    [(tk.write_atomic, "new" * 10_000), (tk.write_json, {"new": 1}), (tk.write_jsonl, [{"a": 1}])],
+)
 def test_a_full_disk_leaves_the_old_file_and_says_what_to_do(tmp_path, write, content):
     path = tk.write_json(tmp_path / "metrics.json", {"old": 1})
     full_disk(path)
-    with pytest.raises(OSError, match=r"metrics\.json could not be written .*No space left on "
-                                      r"device.*free some space.*again"):
+    with pytest.raises(
+        OSError,
+        match=r"metrics\.json could not be written .*No space left on "
+        r"device.*free some space.*again",
+    ):
         write(path, content)
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]
     assert json.loads(path.read_text()) == {"old": 1}
@@ -302,7 +388,10 @@ def test_a_full_disk_leaves_the_old_file_and_says_what_to_do(tmp_path, write, co
 
 def test_an_unwritable_folder_is_one_error_that_names_it(tmp_path):
     (tmp_path / "results").write_text("a file where a folder should be")
-    with pytest.raises(OSError, match=r"results/run/metrics\.json could not be written.*folder "
-                                      "writable"):
+    with pytest.raises(
+        OSError,
+        match=r"results/run/metrics\.json could not be written.*folder "
+        "writable",
+    ):
         tk.write_json(tmp_path / "results/run/metrics.json", {})
     assert [p.name for p in tmp_path.iterdir()] == ["results"]
