@@ -1361,6 +1361,12 @@ def claim_study(study: str, name: str) -> Path:
     return folder
 
 
+def find_room(name: str) -> str | None:
+    """Notebook that makes the examples of a dataset, None where the repository has none."""
+    found = sorted((ROOT / "notebooks").glob(f"*_decompose_{name}.ipynb"))
+    return dataset(name).room or (found[0].stem if found else None)
+
+
 def find_examples(name: str, study: str = "", report: Callable = print) -> list[Example]:
     """Examples of a dataset; its notebook is run where they are missing.
 
@@ -1375,9 +1381,8 @@ def find_examples(name: str, study: str = "", report: Callable = print) -> list[
         if made.get("examples_sha256", digest) == digest:
             return read_examples(path)
         reason = f"does not hold the examples of study {study or name}"
-    rooms = sorted((ROOT / "notebooks").glob(f"*_decompose_{name}.ipynb"))
-    room = dataset(name).room or (rooms[0].stem if rooms else "")
-    if not room:
+    room = find_room(name)
+    if room is None:
         raise FileNotFoundError(
             f"{path} {reason}, and no notebook of the repository makes the dataset {name}; put "
             "its examples there (README.md, Your own data)"
