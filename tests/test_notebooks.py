@@ -22,14 +22,9 @@ def cells(name, kind="code"):
 
 
 def test_the_notebooks_of_the_study_are_there():
-    assert set(NOTEBOOKS) >= {
-        "00_run_study",
-        "01_decompose_problems",
-        "02_corrupt_traces",
-        "03_finetune_student",
-        "04_analyse_disconnect",
-    }
-    assert set(NOTEBOOKS) <= set(tk.PARAMETERS)
+    walk = ("00_run_study", "01_decompose_microworld", "02_corrupt_traces", "03_finetune_student")
+    assert set(NOTEBOOKS) >= {*walk, "04_score_outputs", "05_analyse_disconnect"}
+    assert all(tk.find_room(name) in NOTEBOOKS for name in tk.dataset_names())
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -43,10 +38,9 @@ def test_house_rules(name):
     for line in "".join(tagged[0]["source"]).splitlines():
         assert re.search(r"^\w+ = .*  # \S", line), f"no literal with its reason: {line}"
         ast.literal_eval(ast.parse(line).body[0].value)
-    assert any(
-        f'tk.check_parameters("{name}", globals())' in "".join(c["source"]) for c in code[:3]
-    )
-    assert max(len("".join(c["source"]).splitlines()) for c in code) <= 40
+    checked = f'tk.check_parameters("{name}", globals())'
+    assert any(checked in "".join(c["source"]) for c in code[:4])
+    assert max(len("".join(c["source"]).splitlines()) for c in code) <= 30
     assert path.stat().st_size < 1_000_000
     paths = re.findall(
         r"(?<![\w.])/(?:home|root|work|Users|tmp|mnt|opt)/\S{0,40}|[A-Z]:\\\\\S*", text
@@ -100,7 +94,8 @@ def test_01_and_02_leave_what_they_promise(smoke):
 def test_rows_differ_between_conditions_in_the_trace_alone(smoke):
     folder = smoke.workspace / "data/interim/microworld/sft/controlled"
     by_condition = {c: tk.read_jsonl(folder / f"{c}-dose1-seed0.jsonl") for c in CONDITIONS}
-    for rows in zip(*(by_condition[c] for c in ("vanilla", "correct", "incorrect"))):
+    trained = (by_condition[c] for c in ("vanilla", "correct", "incorrect"))
+    for rows in zip(*trained, strict=True):
         assert len({(r["id"], r["split"], r["prompt"]) for r in rows}) == 1
         answers = {r["target"].rpartition("\n")[2] for r in rows}
         assert len(answers) == 1 and len({r["target"] for r in rows}) == 3
@@ -110,7 +105,7 @@ def test_rows_differ_between_conditions_in_the_trace_alone(smoke):
 def test_every_run_leaves_what_the_contract_promises(smoke, condition):
     folder = runs(smoke.workspace, "smoke")[condition]
     metrics, traced = metrics_of(folder), condition != "vanilla"
-    rows = tk.read_jsonl(folder / "predictions.jsonl")
+    rows = tk.read_parquet(folder / "predictions.parquet")
     assert (
         metrics["parameters"].items()
         >= {
@@ -153,13 +148,16 @@ def test_predictions_are_rescored_from_their_own_text(smoke, condition):
         e.id: e
         for e in tk.read_examples(smoke.workspace / "data/interim/microworld/examples.jsonl")
     }
-    rows = tk.read_jsonl(folder / "predictions.jsonl")
+    rows, metrics = tk.read_parquet(folder / "predictions.parquet"), metrics_of(folder)
+    assert metrics["layout"] == ("none" if condition == "vanilla" else "before")
+    assert metrics["finished"] == sum(r["finished"] for r in rows) / len(rows)
     assert len({r["id"] for r in rows}) == len(rows)
     for r in rows:
         e = examples[r["id"]]
         assert e.split == "test" and len(r["output_ids"]) <= 24
-        expected = tk.score(tk.parse_output(r["output"], e), e, tk.LAYOUTS[condition])
+        expected = tk.score(tk.parse_output(r["output"], e), e, metrics["layout"])
         assert {k: r[k] for k in expected} == expected
+        assert r["finished"] is (len(r["output_ids"]) < 24)
         assert (r["trace_tokens"] is None) is (condition == "vanilla")
 
 
@@ -171,7 +169,7 @@ def test_every_figure_has_its_picture_and_its_numbers(smoke):
         svg, png, csv = (figures / f"{name}.{kind}" for kind in ("svg", "png", "csv"))
         assert svg.read_bytes()[:5] == b"<?xml" and png.read_bytes()[1:4] == b"PNG"
         assert len(pd.read_csv(csv)) > 0
-    assert {"04_accuracy", "04_quadrants", "04_trace_length", "04_training_curves"} <= names
+    assert {"05_accuracy", "05_quadrants", "05_trace_length", "05_training_curves"} <= names
 
 
 def test_a_second_smoke_study_trains_and_draws_the_same(smoke):
@@ -211,14 +209,14 @@ def test_a_failed_run_stops_no_other_and_is_listed(smoke, monkeypatch, tmp_path)
     last = done.stderr[-6000:]
     assert "qa1_single-supporting-fact_train.txt, line 1" in last and "steps failed" in last
     for step in (
-        "01_decompose_problems",
+        "10_decompose_babi",
         "02_corrupt_traces",
         "condition=correct",
-        "04_analyse_disconnect",
+        "05_analyse_disconnect",
     ):
         assert step in last
     assert not list(smoke.workspace.glob("data/interim/babi/*"))
-    assert not list(smoke.workspace.glob("data/results/babi/*"))
+    assert not list(smoke.workspace.glob("data/results/*babi*/*"))
 
 
 def test_save_figure_gives_the_same_bytes_twice(outside_root):
@@ -228,11 +226,11 @@ def test_save_figure_gives_the_same_bytes_twice(outside_root):
         fig, axis = plt.subplots()
         axis.errorbar(data["x"], data["y"], yerr=0.1)
         axis.set(title="y over x", xlabel="x")
-        paths = tk.save_figure(fig, "study/04_test", data)
+        paths = tk.save_figure(fig, "study/05_test", data)
         written.append([p.read_bytes() for p in paths])
         plt.close(fig)
         time.sleep(1.1)  # a date would have moved on
     assert written[0] == written[1]
-    assert [p.name for p in paths] == ["04_test.svg", "04_test.png", "04_test.csv"]
+    assert [p.name for p in paths] == ["05_test.svg", "05_test.png", "05_test.csv"]
     assert paths[2].read_text() == "x,y\n1,0.1\n2,0.333333\n3,2\n"
     assert all(p.is_relative_to(outside_root) for p in paths)

@@ -1,0 +1,288 @@
+"""Cards, studies, and the other pieces of the helper that notebooks share."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT, make_workspace
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tracekd_utils as tk
+
+CARD = """
+labels = ["colour", "size"]
+rows = { train = 6, validation = 2, test = 2 }
+epochs = 1
+answers = "all"
+separators = []
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Folders of an empty project with a dataset of somebody's own."""
+    for name in ("INTERIM", "RESULTS", "RUNS"):
+        monkeypatch.setattr(tk, name, tmp_path / name.lower())
+    tk.write_atomic(tk.INTERIM / "own" / "card.toml", CARD)
+    return tmp_path
+
+
+# ------------------------------------------------------------------------------------ cards
+def test_every_card_of_the_repository_is_whole():
+    for name in tk.dataset_names():
+        card = tk.dataset(name)
+        assert card.name == name and len(set(card.labels)) == len(card.labels) > 1
+        assert set(card.rows) == set(tk.SPLITS) and tk.find_room(name)
+        assert all(len(digest) == 64 for digest in card.source.get("sha256", {}).values())
+
+
+def test_the_helper_names_no_dataset():
+    text = (ROOT / "tracekd_utils.py").read_text().lower()
+    assert [name for name in tk.dataset_names() if name in text] == []
+
+
+def test_a_card_of_ones_own_is_found_and_read_again_when_it_changes(own):
+    assert "own" in tk.dataset_names() and tk.dataset("own").labels == ("colour", "size")
+    assert tk.find_room("own") is None and tk.dataset("own").max_new_tokens == 96
+    path = tk.write_atomic(
+        tk.INTERIM / "own" / "card.toml", CARD.replace("epochs = 1", "epochs = 3")
+    )
+    os.utime(path, ns=(1, 1))
+    assert tk.dataset("own").epochs == 3
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("epochs = 1", "", "entry own: field epochs: .*required.*allowed fields: name, labels"),
+        ("epochs = 1", "epoch = 1", "field epochs.*field epoch: .*allowed fields.*epochs"),
+        ("epochs = 1", 'epochs = "one"', "field epochs: .*integer"),
+        ('"all"', '"some"', "field answers: .*'all' or 'any'"),
+        ("validation = 2, ", "", "field rows.validation: .*required"),
+        ("validation = 2", "valid = 2", "field rows.valid"),
+        ("epochs = 1", "epochs = ", " is no TOML"),
+        ("epochs = 1", 'epochs = 1\npublished = {context = "list"}', "field published.warmup"),
+    ],
+)
+def test_a_bad_card_names_file_entry_field_and_what_is_allowed(own, old, new, message):
+    path = tk.write_atomic(tk.INTERIM / "own" / "card.toml", CARD.replace(old, new))
+    os.utime(path, ns=(2, hash(new) % 10**9))
+    with pytest.raises(ValueError, match=f"card.toml.*{message}"):
+        tk.dataset("own")
+
+
+def test_an_unknown_dataset_is_refused_with_the_nearest(own):
+    with pytest.raises(ValueError, match="dataset: 'bab' is unknown.*own.*'babi'"):
+        tk.dataset("bab")
+
+
+def test_the_protocol_of_the_paper_needs_its_words(own):
+    e = tk.Example(
+        **{"id": "own/1", "dataset": "own", "split": "test", "question": "Which?"},
+        **{"facts": ("a", "b"), "label": "size", "gold_facts": ("a",), "answers": ("x",)},
+    )
+    for call in (tk.render_prompt, lambda e, p: tk.render_target(e, None, p)):
+        with pytest.raises(ValueError, match="own.*no table `published`.*controlled"):
+            call(e, "published")
+
+
+# ---------------------------------------------------------------------------------- studies
+def test_a_study_that_holds_another_dataset_is_refused_before_anything_is_written(own):
+    path = tk.write_json(tk.RESULTS / "mine" / "decomposition.json", {"dataset": "babi"})
+    for notebook in ("02_corrupt_traces", "03_finetune_student", "01_decompose_microworld"):
+        values = {**tk.notebook_defaults(notebook), "study": "mine"}
+        with pytest.raises(ValueError, match=r"'mine' holds the dataset babi \(.*decomposition"):
+            tk.check_parameters(notebook, values)
+    assert list(tk.RESULTS.rglob("*.*")) == [path]
+    assert tk.claim_study("mine", "babi") == tk.RESULTS / "mine"
+
+
+def test_a_run_alone_marks_the_dataset_of_its_study_too(own):
+    found = {"parameters": {"dataset": "marco"}}
+    tk.write_json(tk.RESULTS / "s" / "a-run" / "metrics.json", found)
+    with pytest.raises(ValueError, match="'s' holds the dataset marco.*metrics.json.*study=babi"):
+        tk.claim_study("s", "babi")
+
+
+def test_examples_that_nobody_makes_are_asked_for_with_their_path(own):
+    with pytest.raises(FileNotFoundError, match="examples.jsonl is missing.*no notebook.*own"):
+        tk.find_examples("own")
+
+
+def metrics(condition, seed=0, dose=1.0, **more):
+    given = {"condition": condition, "seed": seed, "dose": dose, "dataset": "own"}
+    return {"parameters": {**given, "student": "tiny", "protocol": "controlled", **more}}
+
+
+def test_runs_of_a_study_come_in_the_order_of_the_registry(own):
+    runs = [metrics("mine"), metrics("incorrect"), metrics("incorrect", dose=0.5)]
+    runs += [metrics("correct", seed=1), metrics("correct"), metrics("vanilla")]
+    for k, found in enumerate(runs):
+        tk.write_json(tk.RESULTS / "s" / str(k) / "metrics.json", found)
+    arms = [(run.arm, run.seed) for run in tk.study_runs("s")]
+    assert arms == [
+        *(("vanilla", 0), ("correct", 0), ("correct", 1)),
+        *(("incorrect, 50% of rows", 0), ("incorrect", 0), ("mine", 0)),
+    ]
+    tk.write_json(tk.RESULTS / "s" / "x" / "metrics.json", metrics("vanilla", protocol="published"))
+    assert [r.arm for r in tk.study_runs("s")][:2] == ["vanilla", "vanilla, published"]
+    tk.write_json(tk.RESULTS / "s" / "y" / "metrics.json", metrics("vanilla"))
+    with pytest.raises(ValueError, match="more than one run of .*vanilla.*stale"):
+        tk.study_runs("s")
+
+
+def test_the_identity_of_a_run_leaves_out_what_came_later_at_its_default():
+    p = tk.notebook_defaults("03_finetune_student") | {"epochs": 2, "batch_size": 8}
+    name = tk.make_run_id(p, "a" * 64)
+    assert tk.make_run_id({**p, "study": "x", "checkpoint_steps": 1}, "a" * 64) == name
+    without = {k: v for k, v in p.items() if k != "dtype"}
+    assert tk.make_run_id(without, "a" * 64) == name
+    for other in ({"dtype": "bfloat16"}, {"epochs": 3}, {"seed": 1}):
+        assert tk.make_run_id({**p, **other}, "a" * 64) != name
+    assert tk.make_run_id(p, "b" * 64) != name
+
+
+# ------------------------------------------------------------------------------------ files
+def test_parquet_gives_back_plain_values_and_typed_empty_columns(tmp_path):
+    rows = [
+        {"id": "ä", "ok": None, "ids": [1, 2], "x": 0.1, "said": None},
+        {"id": "b", "ok": None, "ids": [], "x": None, "said": ["y"]},
+    ]
+    path = tk.write_parquet(tmp_path / "rows.parquet", rows, {"ok": "bool", "absent": "string"})
+    assert tk.read_parquet(path) == rows
+    assert str(pd.read_parquet(path, dtype_backend="pyarrow")["ok"].dtype) == "bool[pyarrow]"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="rows.parquet is no whole Parquet file"):
+        tk.read_parquet(path)
+    with pytest.raises(FileNotFoundError, match="none.parquet is missing"):
+        tk.read_parquet(tmp_path / "none.parquet")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"x"', "\xff\xfe", "{} {}"])
+def test_damaged_json_names_the_file_and_what_was_found(tmp_path, text):
+    path = tmp_path / "metrics.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match="metrics.json: expected one JSON object"):
+        tk.read_json(path)
+
+
+# ------------------------------------------------------------------------------- statistics
+def test_a_paired_difference_by_hand():
+    first = [True] * 6 + [False] * 4
+    second = [True] * 3 + [False] * 3 + [True] * 1 + [False] * 3
+    found = tk.paired_difference(first, second)
+    assert (found["only_first"], found["only_second"], found["n"]) == (3, 1, 10)
+    assert found["estimate"] == pytest.approx(0.2) and found["low"] < 0.2 < found["high"]
+    # mid-p: 2 (P(0) + P(1)) - P(1), X ~ Binomial(4, 1/2)
+    assert found["p"] == pytest.approx(2 * 5 / 16 - 4 / 16)
+
+
+def test_a_paired_difference_without_spread_or_of_other_numbers():
+    same = tk.paired_difference([1, 0, 1], [1, 0, 1])
+    assert (same["estimate"], same["low"], same["p"]) == (0.0, None, 1.0)
+    assert same["reason"] == "all 3 values are equal"
+    other = tk.paired_difference([0.5, None, -2.0], [0.25, 1.0, -1.0])
+    assert (other["n"], other["p"], other["only_first"]) == (2, None, None)
+    assert tk.paired_difference([], [])["reason"] == "no item"
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=40))
+def test_a_paired_difference_turns_its_sign_with_its_columns(pairs):
+    first, second = map(list, zip(*pairs, strict=True))
+    a, b = tk.paired_difference(first, second), tk.paired_difference(second, first)
+    assert a["estimate"] == pytest.approx(-b["estimate"]) and a["p"] == b["p"]
+    assert a["estimate"] == pytest.approx(np.mean(first) - np.mean(second))
+
+
+# ---------------------------------------------------------------------------------- showing
+def test_points_with_intervals_stand_where_they_belong():
+    rows = [("a", 0, 0.5, 0.4, 0.6), ("a", 1, 0.2, None, None), ("b", 0, None, None, None)]
+    table = pd.DataFrame(rows, columns=["arm", "seed", "estimate", "low", "high"])
+    table["new"] = table["seed"] == 1
+    _, axis = plt.subplots()
+    tk.draw_intervals(axis, table, "arm", by="seed", hollow="new", order=["b", "a"])
+    drawn = [line for line in axis.lines if len(line.get_xdata())]
+    points = {float(p.get_xdata()[0]): p for p in drawn if len(p.get_xdata()) == 1}
+    assert set(points) == {0.5, 0.2} and [t.get_text() for t in axis.get_yticklabels()] == [
+        "b",
+        "a",
+    ]
+    assert points[0.5].get_ydata()[0] < points[0.2].get_ydata()[0]  # about line 1, that of a
+    assert points[0.2].get_markerfacecolor() == "white" != points[0.5].get_markerfacecolor()
+    assert axis.get_legend_handles_labels()[1] == ["0", "1"]
+    plt.close()
+
+
+def test_an_item_is_shown_escaped_and_a_private_one_not_at_all(example):
+    hostile = "<script>alert(1)</script>"
+    page = tk.show_example(example, {"correct": hostile}, note="<b>TP").data
+    assert hostile not in page and "&lt;script&gt;" in page and "&lt;b&gt;TP" in page
+    assert "<u>Mary took the apple.</u>" in page and "Where is the apple?" in page
+    private = tk.Example(
+        **{"id": "marco/1", "dataset": "marco", "split": "test", "question": "secret"},
+        **{"facts": ("secret",), "label": "PERSON", "gold_facts": ("secret",)},
+        answers=("secret",),
+    )
+    assert "secret" not in tk.show_example(private, {"x": "secret"}).data
+
+
+# -------------------------------------------------------------------------------- launching
+def test_what_is_taught_in_a_notebook_is_found_by_its_name():
+    for name, notebook in tk.TAUGHT_IN.items():
+        assert getattr(tk, name).__module__ == notebook
+        assert getattr(tk.lesson(notebook), name) is getattr(tk, name)
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        _ = tk.nothing_of_the_kind
+
+
+DRIVER = """
+import sys, tracekd_utils as tk
+tk.run_notebook("09_sleep", on_line=lambda line: print(line, flush=True))
+"""
+
+
+@pytest.fixture
+def sleeper(tmp_path):
+    """Workspace with a notebook that says its process id and sleeps."""
+    import nbformat
+
+    folder = make_workspace(tmp_path / "w")
+    shutil.rmtree(folder / "notebooks")
+    source = ["seconds = 60  # how long", "LIMITS = {}", "import os, time"]
+    source[2] += "\nprint('pid', os.getpid(), flush=True)\ntime.sleep(seconds)"
+    cells = [nbformat.v4.new_code_cell(text) for text in source]
+    cells[0]["metadata"]["tags"] = ["parameters"]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    book = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+    (folder / "notebooks").mkdir()
+    nbformat.write(book, folder / "notebooks" / "09_sleep.ipynb")
+    shutil.copy(ROOT / "notebooks" / "02_corrupt_traces.ipynb", folder / "notebooks")
+    return folder
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+def test_a_notebook_ends_with_its_driver(sleeper, sign):
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER], cwd=sleeper, stdout=subprocess.PIPE, text=True
+    )
+    line = driver.stdout.readline()
+    assert line.startswith("pid ")
+    kernel = int(line.split()[1])
+    driver.send_signal(sign)
+    driver.wait()
+    for _ in range(100):
+        try:
+            os.kill(kernel, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.kill(kernel, signal.SIGKILL)
+    pytest.fail("the notebook's kernel outlived its driver")
