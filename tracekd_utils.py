@@ -310,18 +310,35 @@ def read_parquet(path: str | Path) -> list[dict]:
         raise ValueError(f"{path} is no whole Parquet file ({error}); write it again") from None
 
 
-# --------------------------------------------------------------------------------- text out
+# ------------------------------------------------------------------------------------- text
+LONGEST = 20_000  # characters read of an output: normalisation is quadratic on hostile text
+
+
 def whole_word(answer: str) -> re.Pattern:
     """Pattern of an answer as a whole word or phrase, upper or lower case."""
     return re.compile(rf"(?<!\w){re.escape(answer)}(?!\w)", re.IGNORECASE)
 
 
-def _escape(text: str) -> str:
+@functools.lru_cache(maxsize=100_000)
+def normalise(text: str) -> str:
+    """Words of a text in lower case, joined by one space (Unicode NFKC, no marks)."""
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text[:LONGEST]).casefold()))
+
+
+@functools.lru_cache(maxsize=10_000)
+def label_key(text: str) -> str:
+    """Form in which labels are compared: plurals and joining marks do not count."""
+    words = normalise(text).replace("_", " ").split()
+    return " ".join(w[:-1] if len(w) > 3 and w.endswith("s") else w for w in words)
+
+
+def escape(text: str) -> str:
     """What the grammar uses becomes \\uXXXX, reversibly."""
     return re.sub(r"[\\;<\n\r]", lambda m: f"\\u{ord(m[0]):04x}", text)
 
 
-def _unescape(text: str) -> str:
+def unescape(text: str) -> str:
+    """Text that `escape` has changed, as it was."""
     return re.sub(r"\\u([0-9a-f]{4})", lambda m: chr(int(m[1], 16)), text)
 
 
@@ -351,14 +368,14 @@ def render_prompt(example: Example, protocol: str = "controlled", direct: bool =
             f"Answer the question based on the context:\n{facts}\nQuestion: {example.question}"
             f"{words['after_question']}Only return the answer.\n"
         )
-    facts = "\n".join(map(_escape, example.facts))
-    prompt = f"Context:\n{facts}\nQuestion: {_escape(example.question)}\n"
+    facts = "\n".join(map(escape, example.facts))
+    prompt = f"Context:\n{facts}\nQuestion: {escape(example.question)}\n"
     if direct:
         prompt += FORMAT_REQUEST.format(labels=", ".join(card.labels))
     return prompt
 
 
-def _published_parts(card: Dataset) -> tuple[str, str, str, str]:
+def published_parts(card: Dataset) -> tuple[str, str, str, str]:
     """What stands before label, facts and answer in the paper's targets, and at the end."""
     words = card.in_published_words()
     start, middle = f"<think>{words['category']}: ", f".\n{words['evidence']}: "
@@ -375,7 +392,7 @@ def _render_published(example: Example, trace: Trace | None) -> str:
         answer = example.answers[0]
     if trace is None:
         return answer
-    start, middle, end, last = _published_parts(card)
+    start, middle, end, last = published_parts(card)
     cited = trace.text or str([*trace.facts])  # `text` is one fact that is no list
     return start + trace.label + middle + cited + end + answer + last
 
@@ -393,20 +410,19 @@ def render_target(
         return _render_published(example, trace)
     one = dataset(example.dataset).answers == "any"
     answers = example.answers[:1] if one else example.answers
-    answer = f"<answer>{'; '.join(map(_escape, answers))}</answer>"
+    answer = f"<answer>{'; '.join(map(escape, answers))}</answer>"
     if trace is None:
         return answer
     content = "\n- ".join(
-        [f"Question type: {_escape(trace.label)}\nFacts:", *map(_escape, trace.facts)]
+        [f"Question type: {escape(trace.label)}\nFacts:", *map(escape, trace.facts)]
     )
     if trace.text is not None:
-        content = _escape(trace.text)
+        content = escape(trace.text)
     thought = f"<think>{content}</think>"
     return f"{answer}\n{thought}" if layout == "after" else f"{thought}\n{answer}"
 
 
 # ---------------------------------------------------------------------------------- text in
-_LONGEST = 20_000  # characters read leniently: normalisation takes quadratic time on hostile text
 _ANSWER = r"<answer>(?P<answer>[^<]*)</answer>"
 _THINK = r"<think>(?P<trace>[^<]*)</think>"
 _STRICT = {
@@ -426,19 +442,6 @@ _FACTS_CUE = re.compile(r"\b(?:facts?|text|sentences?|evidence)\b[^:\n]{0,99}:",
 _BULLET = re.compile(r"\s*(?:[-*+•–—·▪◦]|\(?\d{1,3}[.)])\s*(.*)")
 _QUOTED = re.compile(r"(?<!\\)'((?:[^'\\]|\\.)*)'(?=\s*[,\]])|(?<!\\)\"((?:[^\"\\]|\\.)*)\"")
 _CURLY_QUOTES = {0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"'}
-
-
-@functools.lru_cache(maxsize=100_000)
-def normalise(text: str) -> str:
-    """Words of a text in lower case, joined by one space (Unicode NFKC, no marks)."""
-    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text[:_LONGEST]).casefold()))
-
-
-@functools.lru_cache(maxsize=10_000)
-def label_key(text: str) -> str:
-    """Form in which labels are compared: plurals and joining marks do not count."""
-    words = normalise(text).replace("_", " ").split()
-    return " ".join(w[:-1] if len(w) > 3 and w.endswith("s") else w for w in words)
 
 
 def _read_label(trace: str, labels: tuple[str, ...]) -> str:
@@ -480,7 +483,7 @@ def read_answers(text: str, card: Dataset) -> tuple[str, ...] | None:
         parts = _read_list(text)
     else:
         parts = re.split(";" if ";" in text or not words else "|".join(words), text)
-    found = [_unescape(part.strip(" \t\n*_`'\"")) for part in parts]
+    found = [unescape(part.strip(" \t\n*_`'\"")) for part in parts]
     return tuple(answer for answer in found if answer) or None
 
 
@@ -559,13 +562,13 @@ def _read_trace(text: str, card: Dataset, bare: bool) -> tuple[Trace, list[str]]
         head, cited = text[: cue.start()], text[cue.end() :].strip()
         one_fact = bare and not cited.startswith("[")
         facts = cited.split("\n")[:1] if one_fact else _read_list(cited)
-    trace = Trace(label=_read_label(head, card.labels), facts=tuple(map(_unescape, facts)))
+    trace = Trace(label=_read_label(head, card.labels), facts=tuple(map(unescape, facts)))
     return trace, [] if cue else ["no list of facts"]
 
 
 def _read_leniently(text: str, card: Dataset, bare: bool = False) -> Parsed:
     """Read an output that breaks the grammar, and say how it does."""
-    text = unicodedata.normalize("NFKC", text[:_LONGEST]).translate(_CURLY_QUOTES)
+    text = unicodedata.normalize("NFKC", text[:LONGEST]).translate(_CURLY_QUOTES)
     text = re.sub(r"<[/\w]{0,9}\Z", "", text)  # no tag that was cut short
     tags = _find_tags(text)
     thought, said = _find_span(text, tags, "trace"), _find_span(text, tags, "answer")
@@ -606,7 +609,7 @@ def _read_published_answers(text: str, card: Dataset) -> tuple[str, ...]:
 
 def _read_exactly_published(text: str, card: Dataset) -> Parsed | None:
     """What an output says that has the very form of the paper's targets, else None."""
-    start, middle, end, last = map(re.escape, _published_parts(card))
+    start, middle, end, last = map(re.escape, published_parts(card))
     match = re.fullmatch(f"{start}(.*?){middle}(.+){end}(.*?){last}", text, re.DOTALL)
     answers = _read_published_answers(match[3] if match else text, card)
     if not answers:
@@ -628,7 +631,7 @@ def _parse_published(text: str, card: Dataset) -> Parsed:
     """
     plain = re.sub(r"\A\s{0,9}assistant\s{0,9}\n(<think>\n\n(</think>\s\s)?)?", "", text)
     plain = re.sub(r"(?<=\w)'(?=\s?\w)", r"\\'", plain)
-    exact = _read_exactly_published(text[:_LONGEST], card)
+    exact = _read_exactly_published(text[:LONGEST], card)
     return exact or _read_leniently(plain, card, bare=True)
 
 
@@ -653,14 +656,14 @@ def _parse_strictly(match: re.Match, layout: str, card: Dataset) -> Parsed:
     """An output whose tags are those of the grammar; its trace may still be free text."""
     answers, problems = None, ["no answer"]
     if match["answer"].strip("; "):
-        answers, problems = tuple(map(_unescape, match["answer"].split("; "))), []
+        answers, problems = tuple(map(unescape, match["answer"].split("; "))), []
     trace = reading = None
     if layout != "none":
         content = _CONTENT.fullmatch(match["trace"])
-        trace = Trace(text=_unescape(match["trace"]))
+        trace = Trace(text=unescape(match["trace"]))
         if content:
-            facts = tuple(map(_unescape, content[2].split("\n- ")[1:]))
-            trace = Trace(label=_unescape(content[1]), facts=facts)
+            facts = tuple(map(unescape, content[2].split("\n- ")[1:]))
+            trace = Trace(label=unescape(content[1]), facts=facts)
         if not content:
             problems.append("no list of facts")
         elif trace.label not in card.labels:
