@@ -39,15 +39,23 @@ if TYPE_CHECKING:
 
 # ------------------------------------------------------------------------------------ paths
 ROOT = Path(__file__).resolve().parent
-RAW, INTERIM, RUNS, RESULTS = (
-    ROOT / "data" / name for name in ("raw", "interim", "runs", "results")
-)
+RAW = ROOT / "data" / "raw"
+INTERIM = ROOT / "data" / "interim"
+RUNS = ROOT / "data" / "runs"
+RESULTS = ROOT / "data" / "results"
 CARDS = ROOT / "data" / "datasets.toml"
 FIGURES = ROOT / "figures"
 
 # ---------------------------------------------------------------------------- dataset cards
 SPLITS = ("train", "validation", "test")
-Rows = TypedDict("Rows", dict.fromkeys(SPLITS, int))
+
+
+class Rows(TypedDict):
+    """Rows of each split that a study takes."""
+
+    train: int
+    validation: int
+    test: int
 
 
 class Published(TypedDict):
@@ -678,8 +686,15 @@ def _parse_strictly(match: re.Match, layout: str, card: Dataset) -> Parsed:
 # ----------------------------------------------------------------------------------- scores
 NEGATIONS = ("no", "not", "never", "none")
 TRACE_SCORES = (
-    *("label_ok", "facts_precision", "facts_recall", "facts_ok", "trace_ok", "trace_ok_strict"),
-    *("quadrant", "trace_words", "answer_in_trace"),
+    "label_ok",
+    "facts_precision",
+    "facts_recall",
+    "facts_ok",
+    "trace_ok",
+    "trace_ok_strict",
+    "quadrant",
+    "trace_words",
+    "answer_in_trace",
 )
 
 
@@ -895,8 +910,12 @@ PLACES = ("kitchen", "garden", "office", "hallway", "bedroom", "library", "cella
 THINGS = ("apple", "ball", "book", "lamp", "coin", "key", "cup")
 BOXES = ("box", "chest", "crate", "basket", "jar", "bag")
 QUESTION_TYPES = (
-    *("person-place", "object-place", "object-holder"),
-    *("carried-count", "place-before", "size-compare"),
+    "person-place",
+    "object-place",
+    "object-holder",
+    "carried-count",
+    "place-before",
+    "size-compare",
 )
 
 
@@ -934,18 +953,28 @@ def _make_tiny(folder: Path) -> None:
         for w, b, label in words
     ]
     bpe = ByteLevelBPETokenizer()
-    options = {"vocab_size": 640, "min_frequency": 0, "show_progress": False}
-    bpe.train_from_iterator(text, special_tokens=["<|im_start|>", "<|im_end|>"], **options)
-    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    special = ["<|im_start|>", "<|im_end|>"]
+    bpe.train_from_iterator(text, 640, 0, show_progress=False, special_tokens=special)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, chat_template=CHATML, **names
+        tokenizer_object=bpe._tokenizer,
+        chat_template=CHATML,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
     )
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, **heads, **ids))
-    model.save_pretrained(folder)
+    LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -1078,11 +1107,20 @@ def load_student(
     tokenizer = AutoTokenizer.from_pretrained(where)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if quantize is True:
-        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        quantize = BitsAndBytesConfig(True, bnb_4bit_compute_dtype=choice["dtype"], **nf4)
-    options = {"dtype": choice["dtype"], "device_map": {"": choice["device"]}}
-    options |= {"quantization_config": quantize or None, "attn_implementation": "sdpa"}
-    model = AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, **options)
+        quantize = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=choice["dtype"],
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        where,
+        dtype=choice["dtype"],
+        use_safetensors=True,
+        device_map={"": choice["device"]},
+        quantization_config=quantize or None,
+        attn_implementation="sdpa",
+    )
     if adapter is not None:
         from peft import PeftModel
 
@@ -1138,10 +1176,15 @@ def generate(
     import torch
 
     stops, done = end_tokens(model, tokenizer), {}
-    options = {"max_new_tokens": max_new_tokens, "do_sample": bool(seeds)}
-    options |= {"eos_token_id": sorted(stops), "pad_token_id": tokenizer.pad_token_id}
-    # less memory is copied
-    options |= {"cache_implementation": "static", "prefill_chunk_size": 128}
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": bool(seeds),
+        "cache_implementation": "static",
+        "prefill_chunk_size": 128,  # less memory is copied
+        "eos_token_id": sorted(stops),
+        "pad_token_id": tokenizer.pad_token_id,
+        "disable_compile": True,
+    }
     size = 1 if seeds else batch_size
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     for start in range(0, len(order), size):
@@ -1150,7 +1193,7 @@ def generate(
             torch.manual_seed(seeds[chunk[0]])
         ids = {"input_ids": [prompts[i] for i in chunk]}
         batch = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(model.device)
-        out = model.generate(**batch, **options, disable_compile=True)
+        out = model.generate(**batch, **options)
         for i, row in zip(chunk, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             end = min((row.index(stop) for stop in stops if stop in row), default=len(row))
             done[i] = row[:end]
@@ -1567,11 +1610,17 @@ def use_style() -> None:
     """Seaborn theme of figures: colour-blind palette, one size, stable SVG ids, text as text."""
     import seaborn
 
-    size = {"figure.figsize": (7.2, 4.2), "figure.dpi": 100, "savefig.dpi": 80}
-    svg = {"svg.fonttype": "none", "svg.hashsalt": "tracekd", "font.sans-serif": "DejaVu Sans"}
-    form = {"axes.titlesize": "medium", "figure.constrained_layout.use": True}
-    style = {"context": "notebook", "style": "whitegrid", "palette": "colorblind"}
-    seaborn.set_theme(**style, rc={**size, **svg, **form})
+    settings = {
+        "figure.figsize": (7.2, 4.2),
+        "figure.dpi": 100,
+        "savefig.dpi": 80,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "tracekd",
+        "font.sans-serif": "DejaVu Sans",
+        "axes.titlesize": "medium",
+        "figure.constrained_layout.use": True,
+    }
+    seaborn.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc=settings)
 
 
 def condition_colours() -> dict[str, tuple]:
