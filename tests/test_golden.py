@@ -59,8 +59,28 @@ def statistics(rows):
 
 def finetune(rows, run_dir):
     """Folder of the adapter of the tiny student after two epochs on `rows`."""
+    recipe = tk.lesson("03_finetune_student")
     model, tokenizer = tk.load_student("tiny")
-    tk.finetune(model, tokenizer, rows, run_dir, seed=0, epochs=2, batch_size=8)
+    train = recipe.code_rows(tokenizer, rows)
+    lora = recipe.LoraConfig(
+        r=16,
+        lora_alpha=32,
+        lora_dropout=0.0,
+        target_modules=tk.PROJECTIONS,
+        task_type="CAUSAL_LM",
+    )
+    model = recipe.add_lora(model, lora, seed=0)
+    arguments = recipe.training_arguments(
+        run_dir / "checkpoints",
+        2 * len(train) // 8,
+        seed=0,
+        learning_rate=5e-4,
+        warmup_steps=0.1,
+        per_device_train_batch_size=8,
+        save_steps=20,
+    )
+    trainer = recipe.make_trainer(model, tokenizer.pad_token_id, train, [], arguments, epochs=2)
+    tk.finetune(trainer, run_dir)
     return run_dir / "adapter"
 
 
