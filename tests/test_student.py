@@ -2,19 +2,55 @@
 
 import ast
 import inspect
+import json
+import math
 import subprocess
 import zipfile
 from collections import defaultdict
 from functools import cache
 from importlib import import_module
 
+import pandas as pd
 import papermill.cli
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, notebook_functions
 from safetensors.torch import load_file
 
 import tracekd_utils as tk
+
+recipe = notebook_functions("03_finetune_student")
+
+
+def make_lora(rank=16, alpha=32, dropout=0.0):
+    """The adapter's configuration as 03 writes it."""
+    return recipe.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=tk.PROJECTIONS,
+        task_type="CAUSAL_LM",
+    )
+
+
+def make_trainer(
+    student, rows, run_dir, *, lora=None, validation=(), epochs=1, batch_size=4, seed=0, **options
+):
+    """Trainer of a student (model, tokenizer), put together as in 03, with its arguments."""
+    model, tokenizer = student
+    train, held_out = (recipe.code_rows(tokenizer, part) for part in (rows, validation))
+    model = recipe.add_lora(model, lora or make_lora(), seed)
+    arguments = recipe.training_arguments(
+        run_dir / "checkpoints",
+        math.ceil(len(train) * epochs / batch_size),
+        seed=seed,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=2 * batch_size,
+        eval_strategy="steps" if held_out else "no",
+        **{"learning_rate": 5e-4, "warmup_steps": 0.1, "save_steps": 20, **options},
+    )
+    pad_id = tokenizer.pad_token_id
+    return recipe.make_trainer(model, pad_id, train, held_out, arguments, epochs)
 
 
 @pytest.fixture(scope="module")
@@ -78,24 +114,24 @@ def test_tiny_is_stored_in_four_bits():
     ids=repr,
 )
 def test_the_tiny_tokenizer_round_trips(plain, text):
-    assert plain[1].decode(tk.encode(plain[1], text), skip_special_tokens=True) == text
+    assert plain[1].decode(tk.encode_prompt(plain[1], text), skip_special_tokens=True) == text
 
 
 def test_tiny_tokenizer_round_trips_every_target(plain, rows):
     for r in rows:
-        assert plain[1].decode(tk.encode(plain[1], r["prompt"])) == r["prompt"]
+        assert plain[1].decode(tk.encode_prompt(plain[1], r["prompt"])) == r["prompt"]
 
 
 @pytest.mark.parametrize("direct", [False, True])
 def test_the_loss_sees_exactly_completion_and_end(plain, rows, direct):
     _, tokenizer = plain
     for r in rows:
-        ids, mask = tk.encode(tokenizer, r["prompt"], r["target"], direct)
+        ids, mask = tk.encode_row(tokenizer, r["prompt"], r["target"], chat=direct)
         assert len(ids) == len(mask) and mask == sorted(mask)
-        seen = [i for i, m in zip(ids, mask) if m]
+        seen = [i for i, m in zip(ids, mask, strict=True) if m]
         assert tokenizer.decode(seen) == r["target"] + tokenizer.eos_token
-        prompt = [i for i, m in zip(ids, mask) if not m]
-        assert prompt == tk.encode(tokenizer, r["prompt"], None, direct)
+        prompt = [i for i, m in zip(ids, mask, strict=True) if not m]
+        assert prompt == tk.encode_prompt(tokenizer, r["prompt"], chat=direct)
         text = tokenizer.decode(prompt)
         assert (
             (r["prompt"] in text and text.endswith("assistant\n"))
@@ -106,10 +142,7 @@ def test_the_loss_sees_exactly_completion_and_end(plain, rows, direct):
 
 def test_our_loss_is_the_librarys(plain, rows):
     model, tokenizer = plain
-    coded = [
-        dict(zip(("input_ids", "mask"), tk.encode(tokenizer, r["prompt"], r["target"])))
-        for r in rows[:6]
-    ]
+    coded = recipe.code_rows(tokenizer, rows[:6])
     batch = tk.collate(coded, tokenizer.pad_token_id)
     lengths = torch.tensor([len(c["mask"]) for c in coded])
     seen = torch.arange(int(lengths.max())) < lengths[:, None]
@@ -127,6 +160,16 @@ def test_our_loss_is_the_librarys(plain, rows):
         logits, batch["labels"][:, 1:].flatten(), ignore_index=-100
     )
     assert ours.loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
+    shown = recipe.completion_loss(whole.logits, batch["input_ids"], batch["labels"] != -100)
+    assert shown.item() == pytest.approx(whole.loss.item(), rel=1e-5)
+
+
+def test_the_loss_by_hand_on_two_tokens():
+    # of three tokens the last two are seen; their probabilities are 1/2 and 1/8
+    logits = torch.tensor([[[0.0, 0.0], [math.log(7), 0.0], [9.0, 9.0]]])
+    ids, mask = torch.tensor([[1, 0, 1]]), torch.tensor([[False, True, True]])
+    found = recipe.completion_loss(logits, ids, mask)
+    assert found.item() == pytest.approx((math.log(2) + math.log(8)) / 2)
 
 
 def test_epochs_cover_every_row_in_a_fixed_order():
@@ -140,26 +183,18 @@ def test_epochs_cover_every_row_in_a_fixed_order():
 
 def finetune(rows, folder, validation=(), report=lambda line: None, dropout=0.05):
     """14 steps, a checkpoint every 4: (losses, adapter tensors)."""
-    model, tokenizer = tk.load_student("tiny")
-    curve, facts = tk.finetune(
-        model,
-        tokenizer,
-        rows[:28],
-        folder,
-        validation=validation,
-        epochs=2,
-        batch_size=4,
-        lora_rank=4,
-        lora_dropout=dropout,
-        checkpoint_steps=4,
-        seed=1,
-        report=report,
-    )
+    student = tk.load_student("tiny")
+    options = {"epochs": 2, "seed": 1, "save_steps": 4, "lora": make_lora(rank=4, dropout=dropout)}
+    trainer = make_trainer(student, rows[:28], folder, validation=validation, **options)
+    facts = tk.finetune(trainer, folder, report)
+    assert facts == json.loads((folder / "training.json").read_text())
     assert facts["train_tokens_per_s"] > 0 and facts["train_tokens"] == 2 * sum(
-        len(tk.encode(tokenizer, r["prompt"], r["target"])[0]) for r in rows[:28]
+        len(row["mask"]) for row in recipe.code_rows(student[1], rows[:28])
     )
-    losses = [r["loss"] for r in curve if "loss" in r]
-    assert len(losses) == 14 and sum("eval_loss" in r for r in curve) == (5 if validation else 0)
+    curve = pd.read_csv(folder / "training_curve.csv")
+    losses = curve["loss"].dropna().tolist()
+    assert len(losses) == 14 and curve["eval_loss"].count() == (5 if validation else 0)
+    assert curve["seconds"].is_monotonic_increasing and curve["tokens_per_s"].gt(0).all()
     return losses, load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
@@ -169,20 +204,15 @@ def same(a, b):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_fused_adapters_give_the_librarys_output_and_gradients(rows, dropout):
-    from peft import LoraConfig, get_peft_model
-
     model, tokenizer = tk.load_student("tiny")
-    model = get_peft_model(
-        model.train(),
-        LoraConfig(r=4, lora_alpha=6, lora_dropout=dropout, target_modules=tk.PROJECTIONS),
-    )
-    ids = torch.tensor([tk.encode(tokenizer, rows[0]["prompt"])])
+    model = recipe.get_peft_model(model.train(), make_lora(rank=4, alpha=6, dropout=dropout))
+    ids = torch.tensor([tk.encode_prompt(tokenizer, rows[0]["prompt"])])
     weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
     generator = torch.Generator().manual_seed(0)
     for p in weights.values():  # a B matrix that starts at zero would hide the adapter
         p.data = torch.randn(p.shape, generator=generator) / 10
     found = []
-    for prepare in (lambda model: None, tk._prepare):
+    for prepare in (lambda model: None, tk.speed_up_lora):
         prepare(model)
         torch.manual_seed(0)  # dropout draws the same
         out = model(ids).logits
@@ -190,7 +220,7 @@ def test_fused_adapters_give_the_librarys_output_and_gradients(rows, dropout):
     layers = [m for m in model.modules() if hasattr(m, "lora_A")]
     assert len(layers) == 2 * len(tk.PROJECTIONS) and all(m.lora_variant for m in layers)
     assert len(found[0]) == 1 + 2 * len(layers) and all(t.abs().max() > 0 for t in found[0])
-    for own, fused in zip(*found):
+    for own, fused in zip(*found, strict=True):
         assert torch.allclose(own, fused, rtol=1e-4, atol=1e-6)
     with torch.no_grad(), model.disable_adapter():
         assert not torch.allclose(model(ids).logits, found[0][0], rtol=1e-2, atol=1e-3)
@@ -260,9 +290,9 @@ def single(model, ids, length):
 def test_batched_generation_is_one_by_one_generation(trained, rows):
     model, tokenizer = tk.load_student("tiny", True, trained[2] / "adapter")
     model.float()
-    prompts = [tk.encode(tokenizer, r["prompt"] * (1 + i % 2)) for i, r in enumerate(rows[:9])] + [
-        tk.encode(tokenizer, "Mary")
-    ]
+    prompts = [
+        tk.encode_prompt(tokenizer, r["prompt"] * (1 + i % 2)) for i, r in enumerate(rows[:9])
+    ] + [tk.encode_prompt(tokenizer, "Mary")]
     expected = [single(model, p, 12) for p in prompts]
     assert len(set(map(tuple, expected))) > 3
     stop = expected[0][5]
@@ -275,7 +305,7 @@ def test_batched_generation_is_one_by_one_generation(trained, rows):
         prompts,
         max_new_tokens=12,
         batch_size=4,
-        on_batch=lambda at, ids: seen.update(zip(at, ids)),
+        on_batch=lambda at, ids: seen.update(zip(at, ids, strict=True)),
     )
     assert out == cut and [seen[i] for i in range(len(prompts))] == out
     assert {len(c) for c in cut} != {12}
@@ -285,7 +315,7 @@ def test_an_adapter_is_merged_into_the_dequantised_base(trained, rows):
     model, tokenizer = tk.load_student("tiny", True, trained[2] / "adapter")
     assert not [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
     base, _ = tk.load_student("tiny", False)
-    ids = torch.tensor([tk.encode(tokenizer, rows[0]["prompt"])])
+    ids = torch.tensor([tk.encode_prompt(tokenizer, rows[0]["prompt"])])
     with torch.no_grad():
         assert not torch.allclose(model(ids).logits, base(ids).logits, atol=1e-2)
 
@@ -330,17 +360,27 @@ def test_an_unknown_student_is_refused():
 
 @cache
 def keywords_in_use():
-    """{callable that the helper imports: keywords of its calls there}."""
-    tree, found = ast.parse((ROOT / "tracekd_utils.py").read_text()), {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module != "__future__":
-            found |= {a.asname or a.name: (node.module, a.name) for a in node.names}
+    """{callable that helper or notebooks import: keywords of its calls in that file}."""
     used = defaultdict(set)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            if node.func.id in found:
-                used[found[node.func.id]] |= {k.arg for k in node.keywords if k.arg}
+    for tree in (ast.parse(source) for source in code_of_the_project()):
+        found = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module != "__future__":
+                found |= {a.asname or a.name: (node.module, a.name) for a in node.names}
+        for node in ast.walk(tree):
+            name = getattr(getattr(node, "func", None), "id", None)
+            if name in found:
+                used[found[name]] |= {k.arg for k in node.keywords if k.arg}
     return dict(used)
+
+
+def code_of_the_project():
+    """Source of the helper and of each notebook."""
+    yield (ROOT / "tracekd_utils.py").read_text()
+    for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
+        cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+        sources = ["".join(cell["source"]) for cell in cells]
+        yield "\n".join(source for source in sources if not source.startswith("%"))
 
 
 @pytest.mark.parametrize(
@@ -359,17 +399,20 @@ def keywords_in_use():
     ],
 )
 def test_third_party_callables_take_our_keywords(name):
-    (((module, _), keywords),) = [(k, v) for k, v in keywords_in_use().items() if k[1] == name]
-    target = getattr(import_module(module), name)
-    parameters = inspect.signature(target).parameters
-    assert keywords
-    fields = (
-        set(parameters)
-        | set(getattr(target, "__dataclass_fields__", ()))
-        | set(getattr(target, "__annotations__", ()))
-    )
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    assert keywords <= fields or open_ended and name == "PreTrainedTokenizerFast", keywords - fields
+    found = {key: keywords for key, keywords in keywords_in_use().items() if key[1] == name}
+    assert found and any(found.values())
+    for (module, _), keywords in found.items():
+        target = getattr(import_module(module), name)
+        parameters = inspect.signature(target).parameters
+        fields = (
+            set(parameters)
+            | set(getattr(target, "__dataclass_fields__", ()))
+            | set(getattr(target, "__annotations__", ()))
+        )
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        assert keywords <= fields or open_ended and name == "PreTrainedTokenizerFast", (
+            keywords - fields
+        )
 
 
 def test_papermill_takes_our_options():
