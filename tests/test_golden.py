@@ -30,26 +30,18 @@ DATASETS = ("microworld", "babi", "cotempqa", "marco")
 
 def stored_rows(folder):
     """Rows of a run as they are stored: id, scores and, if there, `output`."""
-    return tk.read_jsonl(folder / "predictions.jsonl")
+    return tk.read_parquet(folder / "predictions.parquet")
 
 
-def rescore(output, example, parameters):
+def rescore(output, example, metrics):
     """Score row of one output under the protocol and the condition of its run."""
-    parsed = tk.parse_output(output, example, parameters["protocol"])
-    label = (parsed.reading or parsed.trace or tk.Trace()).label or None
-    scores = tk.score(parsed, example, tk.LAYOUTS[parameters["condition"]])
-    return {
-        "id": example.id,
-        "label": example.label,
-        "predicted_label": label,
-        **scores,
-    }
+    return tk.lesson("04_score_outputs").score_output(output, example, metrics, {})
 
 
 def current_identity(parameters, study):
     """(run id, hash of the training file) that the helper gives to a run of 03."""
-    run = tk.resolve_run({**parameters, "study": study, "checkpoint_steps": 20}, study)
-    return run["run_id"], run["data_hash"]
+    run = tk.resolve_run({**parameters, "study": study, "checkpoint_steps": 20})
+    return run.run_id, run.data_hash
 
 
 def statistics(rows):
@@ -107,7 +99,7 @@ INTENDED = {
         ),
     },
     # only columns that golden.json names are compared; these are new
-    "new_columns": ("quadrant", "finished"),
+    "new_columns": ("quadrant", "finished", "trace_faults"),
 }
 
 # ---------------------------------------------------------------------- canonical forms
@@ -295,11 +287,10 @@ def as_stored_before(run_id, rows):
 
 @pytest.fixture(scope="module")
 def interim(tmp_path_factory, data_dir):
-    """Workspace in which 01 has run for every dataset."""
+    """Workspace in which every dataset's notebook has run."""
     folder = make_workspace(tmp_path_factory.mktemp("golden"))
     for dataset in DATASETS:
-        options = f"-p dataset {dataset} -p study golden".split()
-        done = papermill(folder, "01_decompose_problems", *options)
+        done = papermill(folder, tk.find_room(dataset))
         assert done.returncode == 0, done.stderr[-2000:]
     return folder
 
@@ -378,7 +369,7 @@ def test_outputs_are_read_and_scored_as_before(run_id, examples):
     # the gold facts of `published` are the same set in bAbI, which has its only runs
     run = run_of(run_id)
     known = examples[run.parameters["dataset"]]
-    rows = [rescore(r["output"], known[r["id"]], run.parameters) for r in run.rows]
+    rows = [rescore(r["output"], known[r["id"]], run.metrics) for r in run.rows]
     assert not differences(rows, run.expected["rescored"], run.parameters["condition"])
 
 
@@ -399,7 +390,7 @@ def with_student(interim):
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: str(call["options"]))
 def test_training_files_are_those_of_before(call, with_student):
-    given = {**call["options"], "study": "golden"}
+    given = call["options"]
     options = " ".join(f"-p {key} {value}" for key, value in given.items()).split()
     done = papermill(with_student, "02_corrupt_traces", *options)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -438,7 +429,7 @@ def test_committed_reaudit_is_that_of_before():
 def test_reaudit_gives_the_rows_of_before(dataset, workspace, data_dir):
     done = papermill(
         workspace,
-        "05_reaudit_published",
+        "09_reaudit_published",
         "-p",
         "dataset",
         dataset,
