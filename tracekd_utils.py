@@ -1287,7 +1287,8 @@ def _run_lesson(changed: int, name: str, parameters: tuple) -> SimpleNamespace:
         constant = any(name.isupper() for name in _assigned([node]))
         if constant or isinstance(node, definitions):
             body.append(node)
-    exec(compile(ast.Module(body, []), name, "exec"), names)
+    # the helper's own `annotations` import would make those of a notebook's dataclass text
+    exec(compile(ast.Module(body, []), name, "exec", dont_inherit=True), names)
     return SimpleNamespace(**names)
 
 
@@ -1436,7 +1437,8 @@ def find_examples(name: str, study: str = "", report: Callable = print) -> list[
     report(f"{path.relative_to(INTERIM)} {reason}: running {room}")
     defaults = notebook_defaults(room)
     given = {k: v for k, v in made.get("parameters", {}).items() if k in defaults}
-    run_notebook(room, **{**given, "dataset": name, "study": study or name})
+    given |= {"dataset": name, "study": study or name}
+    run_notebook(room, on_line=report, **given)
     return read_examples(path)
 
 
