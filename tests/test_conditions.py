@@ -29,11 +29,26 @@ def pool(items):
     return nb.Pool(items)
 
 
+LABELS = tk.dataset("microworld").labels
+
+
 def test_the_registry_and_the_helper_name_the_same_conditions():
-    assert list(nb.CONDITIONS) == list(tk.LAYOUTS)
-    assert {c for c, r in nb.CONDITIONS.items() if r.build is None} == {
-        c for c, layout in tk.LAYOUTS.items() if layout == "none"
-    }
+    assert list(nb.CONDITIONS) == tk.conditions()
+    assert list(nb.PUBLISHED) == tk.conditions("published") == tk.conditions()[:4]
+    for rules in (nb.CONDITIONS, nb.PUBLISHED):
+        without = {c for c, r in rules.items() if r.build is None}
+        assert without == {c for c, r in rules.items() if r.layout == "none"} == {"vanilla"}
+        assert {r.layout for r in rules.values()} <= {"before", "after", "none"}
+    assert {c for c, r in nb.CONDITIONS.items() if r.layout == "after"} == {"after_answer"}
+
+
+def test_a_new_condition_is_one_entry_of_the_registry(items, pool, monkeypatch):
+    upper = lambda e, pool, seed: tk.Trace(label=e.label, facts=(e.facts[0].upper(),))  # noqa: E731
+    monkeypatch.setitem(nb.CONDITIONS, "loud", nb.Condition(upper, "the case", "the label"))
+    e = items[0]
+    assert nb.make_trace(e, "loud", pool).facts == (e.facts[0].upper(),)
+    assert nb.make_trace(e, "loud", pool, dose=0.0) == nb.make_trace(e, "correct", pool)
+    assert nb.CONDITIONS["loud"].layout == "before" and nb.CONDITIONS["loud"].applies(e)
 
 
 def in_story_order(example, facts):
@@ -51,7 +66,7 @@ def test_the_correct_trace_is_the_gold(items, pool):
 def test_the_incorrect_trace_is_wrong_in_content_and_right_in_form(items, pool, seed):
     for e in items:
         trace = nb.make_trace(e, "incorrect", pool, seed)
-        assert trace.label != e.label and trace.label in tk.LABELS["microworld"]
+        assert trace.label != e.label and trace.label in LABELS
         assert not set(trace.facts) & set(e.gold_facts)
         assert len(trace.facts) == len(set(trace.facts)) == len(set(e.gold_facts))
         assert trace.facts == in_story_order(e, trace.facts)
@@ -75,7 +90,7 @@ def test_every_non_gold_fact_is_drawn(items, pool):
 
 
 def test_wrong_labels_are_drawn_by_their_frequency(items):
-    counts = dict(zip(tk.LABELS["microworld"], (40, 400, 200, 100, 60, 200)))
+    counts = dict(zip(LABELS, (40, 400, 200, 100, 60, 200), strict=True))
     study = nb.Pool(replace(items[0], label=k) for k, n in counts.items() for _ in range(n))
     own = "carried-count"
     drawn = Counter(
@@ -150,7 +165,8 @@ def test_the_conditions_differ_in_truth_and_not_in_number_of_facts(items, pool):
     assert [len(t.facts) for t in right] == [len(t.facts) for t in wrong]
     for traces, truth in ((right, True), (wrong, False)):
         rows = [
-            tk.score(tk.parse_output(tk.render_target(e, t), e), e) for e, t in zip(items, traces)
+            tk.score(tk.parse_output(tk.render_target(e, t), e), e)
+            for e, t in zip(items, traces, strict=True)
         ]
         for field in ("label_ok", "facts_ok", "trace_ok"):
             assert {r[field] for r in rows} == {truth}
@@ -219,7 +235,23 @@ def test_traces_of_one_item_by_hand(example, trio):
         tk.Trace(label="size-compare", facts=("The box is bigger.",)),
     )
     assert sorted(made["shuffled"].text.split()) == sorted(
-        ["Question", "type:", "object-place", "Facts:", "-", "Mary", "took", "the", "apple.", "-", "Mary", "went", "to", "the", "kitchen."]
+        [
+            "Question",
+            "type:",
+            "object-place",
+            "Facts:",
+            "-",
+            "Mary",
+            "took",
+            "the",
+            "apple.",
+            "-",
+            "Mary",
+            "went",
+            "to",
+            "the",
+            "kitchen.",
+        ]
     )
     # 5 pieces in `Question type: object-place`, with its hyphen 6, `Facts:` 2, two lines of
     # 6 and 7 pieces with dash and full stop, three line breaks
@@ -310,7 +342,9 @@ def test_random_traces_are_right_by_chance_alone(items, pool):
     expected = [4000 * n / len(items) for n in pool.labels.values()]
     assert chisquare([labels[k] for k in pool.labels], expected).pvalue > 1e-3
     right = [t.facts == tuple(one.gold_facts) for t in drawn]
-    hits = [t.label == one.label for t, ok in zip(drawn, right) if ok]  # independent of it
+    hits = [
+        t.label == one.label for t, ok in zip(drawn, right, strict=True) if ok
+    ]  # independent of it
     p = pool.labels[one.label] / len(items)
     assert abs(sum(hits) / len(hits) - p) < 4 * (p * (1 - p) / len(hits)) ** 0.5
 
@@ -412,7 +446,7 @@ def test_every_condition_round_trips_on_any_story(facts, k, answer, seed):
             split="test",
             question="?",
             answers=(answer,),
-            label=tk.LABELS["microworld"][i],
+            label=LABELS[i],
             facts=tuple(facts),
             gold_facts=tuple(facts[:k]),
         )
@@ -420,7 +454,8 @@ def test_every_condition_round_trips_on_any_story(facts, k, answer, seed):
     ]
     study = nb.Pool(story)
     for condition in MAKES_TRACES:
-        layout, trace = tk.LAYOUTS[condition], nb.make_trace(story[0], condition, study, seed)
+        layout = nb.CONDITIONS[condition].layout
+        trace = nb.make_trace(story[0], condition, study, seed)
         parsed = tk.parse_output(tk.render_target(story[0], trace, layout=layout), story[0])
         assert (parsed.trace, parsed.answers, parsed.layout) == (trace, (answer,), layout)
         assert (parsed.problems == ()) is (condition in CITES)

@@ -77,15 +77,13 @@ def test_fewer_examples_are_shown_where_the_window_is_short(pool):
 
 
 def test_both_are_untrained_wherever_it_matters(outside_root):
-    assert {tk.LAYOUTS[c] for c in tk.UNTRAINED} == {"before"}
+    assert {nb.CONDITIONS[c].layout for c in tk.UNTRAINED} == {"before"}
     parameters = tk.notebook_defaults("03_finetune_student")
     for condition in (*tk.UNTRAINED, "correct"):
         p = {**parameters, "dataset": "babi20", "condition": condition, "student": "tiny"}
         tk.write_jsonl(tk.sft_path("babi20", "controlled", condition, 1.0, 0), [{"id": "x"}])
-        run = tk.resolve_run(p, "untrained")
-        tk.write_json(run["results_dir"] / "metrics.json", {})
-        found = tk.resolve_run(p, "untrained")["finished"]  # there is no adapter
-        assert (found is not None) is (condition in tk.UNTRAINED)
+        run = tk.resolve_run(p)  # there is no adapter
+        assert run.is_trained is (condition in tk.UNTRAINED)
     study = notebook_functions("00_run_study")
     study.of_run.__globals__.update(chosen=study.PROFILES["laptop"])
     assert [study.of_run(c, "babi") for c in (*tk.UNTRAINED, "correct")] == [
@@ -93,11 +91,13 @@ def test_both_are_untrained_wherever_it_matters(outside_root):
         {"max_new_tokens": 64},
         {},
     ]
-    marco = {"max_new_tokens": 448, "batch_size": 4}
-    assert [study.of_run(c, d) for c in ("direct", "correct") for d in ("cotempqa", "marco")] == [
-        {"max_new_tokens": 224},
-        marco,
-    ] * 2
+    for name, longest, size in (("cotempqa", 224, 8), ("marco", 448, 4)):  # those of the card
+        for condition in ("direct", "correct"):
+            given = study.of_run(condition, name)
+            tk.write_jsonl(tk.sft_path(name, "controlled", condition, 1.0, 0), [{"id": "x"}])
+            p = {**parameters, "dataset": name, "condition": condition, **given}
+            found = tk.resolve_run(p).parameters
+            assert (found["max_new_tokens"], found["batch_size"]) == (longest, size)
     study.of_run.__globals__.update(chosen=study.PROFILES["paper"])
     assert study.of_run("correct", "marco") == study.PROFILES["paper"]["run"]
 
@@ -106,12 +106,17 @@ def test_a_few_shot_run_trains_nothing(tmp_path):
     folder = make_workspace(tmp_path)
     tk.write_jsonl(
         folder / "data/interim/microworld/examples.jsonl",
-        notebook_functions("01_decompose_problems").make_microworld(24, 12, 12),
+        notebook_functions("01_decompose_microworld").make_microworld(24, 12, 12),
     )
     options = ("-p", "study", "few", "-p", "student", "tiny")
     done = papermill(folder, "02_corrupt_traces", *options, "-p", "conditions", "direct_few_shot")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "rows by number of worked examples: {4: 48}" in done.stderr
+    rows = tk.read_jsonl(
+        folder / "data/interim/microworld/sft/controlled/direct_few_shot-dose1-seed0.jsonl"
+    )
+    assert len(rows) == 48
+    for row in rows:
+        assert "Example 4:\n" in row["prompt"] and "Example 5:" not in row["prompt"]
     done = papermill(
         folder,
         "03_finetune_student",
@@ -124,7 +129,7 @@ def test_a_few_shot_run_trains_nothing(tmp_path):
         "8",
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    (results,) = folder.glob("data/results/few/*direct_few_shot*")
-    assert len(tk.read_jsonl(results / "predictions.jsonl")) == 12
-    assert not (results / "training_curve.csv").exists()
-    assert not list(folder.glob("data/runs/*/adapter"))
+    (run,) = folder.glob("data/runs/*direct_few_shot*")
+    assert len(tk.read_jsonl(run / "outputs.jsonl")) == 12
+    assert not (run / "training_curve.csv").exists() and not (run / "adapter").exists()
+    assert tk.read_json(run / "run.json")["layout"] == "before"

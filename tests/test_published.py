@@ -24,8 +24,6 @@ import tracekd_utils as tk
 
 nb = notebook_functions("02_corrupt_traces", protocol="published")
 trainer = notebook_functions("03_finetune_student", protocol="published")
-trainer.encode.__globals__.update(published=True, direct=False)
-audit = notebook_functions("05_reaudit_published")
 ROWS = {"cotempqa": 950, "babi": 376}
 CONDITIONS = ("direct", "vanilla", "correct", "incorrect")
 
@@ -38,28 +36,18 @@ def gold(data_dir):
     """
     found = {}
     for dataset in ROWS:
+        audit = notebook_functions("09_reaudit_published", dataset=dataset)
         for path in sorted((data_dir / "published" / dataset / "gold").glob("*.csv")):
             problems = []
-            items = audit.read_gold(path, dataset, problems)
+            items = audit.read_gold(path, problems)
             with path.open(encoding="utf-8", newline="") as file:
                 rows = list(csv.DictReader(file))
             assert problems == [] and len(items) == len(rows)
-            found.setdefault(dataset, []).extend(
-                (
-                    tk.Example(
-                        id=f"{dataset}/test/{path.stem}/{k:04d}",
-                        dataset=dataset,
-                        split="test",
-                        question=item["question"],
-                        facts=item["facts"],
-                        label=item["label"],
-                        gold_facts=item["gold_facts"] if dataset == "babi" else (),
-                        answers=item["answers"],
-                    ),
-                    row,
-                )
-                for k, (item, row) in enumerate(zip(items, rows))
-            )
+            for k, (item, row) in enumerate(zip(items, rows, strict=True)):
+                e = replace(item, id=f"{dataset}/test/{path.stem}/{k:04d}")
+                if dataset == "cotempqa":
+                    e = replace(e, gold_facts=())
+                found.setdefault(dataset, []).append((e, row))
     return found
 
 
@@ -92,11 +80,11 @@ def test_the_untuned_student_gets_the_same_prompt(gold):
 
 def test_our_reading_of_babi_gives_the_authors_gold(gold, data_dir):
     """Annotation and first question of each story as 01 reads them out of the raw files."""
-    reader = notebook_functions("01_decompose_problems", dataset="babi")
+    reader = notebook_functions("10_decompose_babi", dataset="babi")
     ours = {
-        (facts, question): (label, answers, sentences)
+        (asked.facts, asked.question): (label, asked.answers, asked.gold_facts)
         for split, _, label, questions in reader.babi_stories(data_dir / "babi/en", "babi")
-        for facts, question, answers, sentences in questions[:1]
+        for asked in questions[:1]
         if split == "test"
     }
     for e, _ in gold["babi"]:
@@ -106,8 +94,9 @@ def test_our_reading_of_babi_gives_the_authors_gold(gold, data_dir):
 
 
 def test_where_the_gold_facts_of_the_two_protocols_differ_is_counted(data_dir):
-    reader = notebook_functions("01_decompose_problems", dataset="cotempqa")
-    rows = [e for e, *_ in reader.cotempqa_rows(data_dir / "cotempqa") if e.split == "test"]
+    reader = notebook_functions("11_decompose_cotempqa")
+    rows = [row.example for row in reader.cotempqa_rows(data_dir / "cotempqa")]
+    rows = [e for e in rows if e.split == "test"]
     more = sum(set(nb.published_gold(e)) > set(e.gold_facts) for e in rows)
     other = sum(set(nb.published_gold(e)) != set(e.gold_facts) for e in rows)
     print(
@@ -168,7 +157,9 @@ def test_the_incorrect_trace_of_cotempqa_is_one_bare_fact(gold):
     assert len(part) > 900
     for e in part:
         right, (trace, target) = published(e)[0], published(e, "incorrect")
-        assert right.label == e.label != trace.label and trace.label in tk.LABELS["cotempqa"]
+        assert (
+            right.label == e.label != trace.label and trace.label in tk.dataset("cotempqa").labels
+        )
         assert trace.facts == () and trace.text in e.facts
         assert not any(a in trace.text for a in e.answers)
         assert f"the question: {trace.text}</think> <answer>['" in target.replace('"', "'")
@@ -189,7 +180,7 @@ def test_the_incorrect_trace_of_babi_is_lower_case_and_as_long(gold):
         if len(others) < len(set(e.gold_facts)):
             continue  # 02 leaves such items out
         trace, _ = published(e, "incorrect")
-        assert trace.label != e.label and trace.label in tk.LABELS["babi"]
+        assert trace.label != e.label and trace.label in tk.dataset("babi").labels
         assert len(trace.facts) == len(set(e.gold_facts))
         assert all(f == f.lower() for f in trace.facts)
         assert not {f.lower() for f in e.gold_facts} & set(trace.facts)
@@ -201,7 +192,7 @@ def test_the_incorrect_trace_of_babi_is_lower_case_and_as_long(gold):
 def test_wrong_labels_are_drawn_evenly_whatever_their_frequency(gold):
     e, _ = gold["cotempqa"][0]
     drawn = Counter(published(replace(e, id=f"x/{k}"), "incorrect")[0].label for k in range(3000))
-    assert set(drawn) == set(tk.LABELS["cotempqa"]) - {e.label}
+    assert set(drawn) == set(tk.dataset("cotempqa").labels) - {e.label}
     assert chisquare(list(drawn.values())).pvalue > 1e-3
 
 
@@ -220,7 +211,7 @@ def test_the_rest_of_a_dose_has_the_authors_correct_trace(gold):
 )
 def test_other_conditions_are_refused(notebook, name):
     values = {**tk.notebook_defaults(notebook), "protocol": "published"}
-    assert set(nb.PUBLISHED) == set(tk.PROTOCOLS["published"]) == set(CONDITIONS)
+    assert tuple(nb.PUBLISHED) == tuple(tk.conditions("published")) == CONDITIONS
     for condition in CONDITIONS:
         assert tk.check_parameters(notebook, {**values, name: condition})[name] == condition
     for condition in ("masked", "direct_few_shot"):
@@ -236,7 +227,7 @@ def test_round_trip_of_every_example(gold, microworld, babi, condition):
     examples = (
         [e for part in gold.values() for e, _ in part]
         + microworld[::4]
-        + [e for e in babi[0][::20] if e.label in tk.LABELS["babi"]]
+        + [e for e in babi[0][::20] if e.label in tk.dataset("babi").labels]
         + [marco()]
     )
     done = Counter()
@@ -256,6 +247,24 @@ def test_round_trip_of_every_example(gold, microworld, babi, condition):
     assert condition == "incorrect" or done["cotempqa"] == 950
 
 
+def parts(example, label):
+    """What stands in the paper's targets before the evidence, and before the answer."""
+    trace = tk.Trace(label=label, text="EVIDENCE")
+    target = tk.render_target(replace(example, answers=("ANSWER",)), trace, "published")
+    start, rest = target.split("EVIDENCE")
+    return start, rest.split("ANSWER")[0].removesuffix("['")
+
+
+START, MIDDLE = parts(replace(marco(), dataset="babi"), "counting")
+
+
+def read_list(text):
+    """Items of a list of evidence in the very form of Python, () for anything else."""
+    e = replace(marco(), dataset="babi")
+    parsed = tk.parse_output(f"{START}{text}{MIDDLE}a</answer>", e, "published")
+    return parsed.trace.facts if parsed.problems == () else ()
+
+
 @given(
     st.lists(
         st.text(st.characters(exclude_categories=["Cs"]))
@@ -270,8 +279,8 @@ def test_a_list_is_read_as_python_writes_it(items):
         for t in items
         for c in ("\\n", "\\t", "\\r", "\\U")
     )
-    assert tk._python_list(str(items)) == tuple(items) or not whole
-    assert tk._python_list(str(items)) in (tuple(items), ())
+    assert read_list(str(items)) == tuple(items) or not whole
+    assert read_list(str(items)) in (tuple(items), ())
 
 
 @pytest.mark.parametrize(
@@ -297,7 +306,7 @@ def test_a_list_is_read_as_python_writes_it(items):
     ],
 )
 def test_nothing_else_is_a_list(text):
-    assert tk._python_list(text) == ()
+    assert read_list(text) == ()
 
 
 def test_a_bare_fact_is_scored_as_the_fact_that_it_is(gold):
@@ -313,37 +322,53 @@ def test_a_bare_fact_is_scored_as_the_fact_that_it_is(gold):
 # ------------------------------------------------------------------- the authors' outputs
 
 
-def test_the_authors_outputs_are_read_as_the_reaudit_reads_them(data_dir):
-    """Two readers that share no code: 05's own, and the parser of the students' outputs."""
-    same, n = Counter(), Counter()
+def plain_list(text):
+    """Strings of a Python list, (text,) for anything else."""
+    try:
+        return tuple(ast.literal_eval(text))
+    except (SyntaxError, ValueError):
+        return (text,)
+
+
+def plain_reading(text, dataset):
+    """(label, facts, answers) of an output in the paper's form by splitting alone, else None."""
+    thought, tag, said = text.rpartition("</think> <answer>")
+    named, cue, cited = thought.partition(".\nI need to use the following ")
+    if not (tag and cue):
+        return None
+    answers = said.removesuffix("</answer>")
+    answers = plain_list(answers) if dataset == "cotempqa" else tuple(answers.split(","))
+    return named.rpartition(": ")[2], plain_list(cited.partition(": ")[2]), answers
+
+
+def test_the_authors_outputs_are_read_as_plain_splitting_reads_them(data_dir):
+    """Two readers that share no code: a plain one, and the parser of the students' outputs."""
+    same, n, plain = Counter(), Counter(), Counter()
     for dataset in ROWS:
+        audit = notebook_functions("09_reaudit_published", dataset=dataset)
         folder, problems = data_dir / "published" / dataset, []
-        _, rows = audit.read_everything(
-            audit.find_outputs(folder, dataset), folder / "gold", dataset, problems
-        )
-        for (_, variant, _), part in rows.items():
-            for row in part:
-                own, kind = row["own"], f"{dataset} {variant}"
-                e = tk.Example(
-                    id="x",
-                    dataset=dataset,
-                    split="test",
-                    answers=own["answers"],
-                    **{k: own[k] for k in ("question", "facts", "label", "gold_facts")},
-                )
-                parsed = tk.parse_output(row["text"], e, "published")
-                scores = tk.score(parsed, e, "none" if variant == "vanilla" else "before")
-                n[kind] += 1
-                same[kind, "answer"] += scores["answer_ok"] == audit.answer_ok(
-                    row, dataset, audit.CORRECTED
-                )
-                if variant != "vanilla":
-                    label_ok, facts_ok = audit.trace_ok(row, [], dataset, audit.CORRECTED)
-                    same[kind, "label"] += scores["label_ok"] == label_ok
-                    same[kind, "facts"] += scores["facts_ok"] == facts_ok
-    shares = {key: count / n[key[0]] for key, count in same.items()}
-    print("\n" + "\n".join(f"{key}: {share:.4f} of {n[key[0]]}" for key, share in shares.items()))
-    assert sum(n.values()) == 6 * sum(ROWS.values()) and min(shares.values()) > 0.995
+        golds = audit.read_golds(folder / "gold", problems)
+        students = audit.find_students(folder)
+        for o in audit.read_everything(folder, students, golds, problems):
+            kind = f"{dataset} {o.condition}"
+            n[kind] += 1
+            parsed = tk.parse_output(o.text, o.example, "published")
+            reading = plain_reading(o.text, dataset)
+            if reading is None:
+                continue
+            plain[kind] += 1
+            label, facts, answers = reading
+            trace = parsed.reading or parsed.trace
+            same[kind, "label"] += trace.label == label
+            same[kind, "facts"] += set(trace.facts) == set(facts)
+            same[kind, "answers"] += set(parsed.answers or ()) == set(answers)
+    shares = {key: count / plain[key[0]] for key, count in same.items()}
+    print(
+        "\n" + "\n".join(f"{key}: {share:.4f} of {plain[key[0]]}" for key, share in shares.items())
+    )
+    print(f"of {dict(n)}")
+    assert sum(n.values()) == 6 * sum(ROWS.values()) and min(shares.values()) > 0.98
+    assert all(plain[k] > 0.9 * n[k] for k in n if not k.endswith("vanilla"))
 
 
 @pytest.mark.parametrize(
@@ -353,7 +378,7 @@ def test_the_authors_outputs_are_read_as_the_reaudit_reads_them(data_dir):
         ("assistant\n<think>\n\n</think>\n\napple,milk", None, ("apple", "milk")),
         ("assistant\n<think>\n\napple,milk", None, ("apple", "milk")),
         (
-            "Counting".join(tk._PAPER[0][:2]) + "['O'Neal's dogs' bed is b.', 'C d.']</think> "
+            START.replace("counting", "Counting") + "['O'Neal's dogs' bed is b.', 'C d.']</think> "
             "<answer>a</answer>",
             tk.Trace(label="counting", facts=("O'Neal's dogs' bed is b.", "C d.")),
             ("a",),
@@ -369,7 +394,7 @@ def test_the_authors_outputs_are_read_as_the_reaudit_reads_them(data_dir):
             ("a",),
         ),
         (
-            "Counting".join(tk._PAPER[0][:2]) + "Mr. A is b.\n</think>\n\n <answer>a</answer>",
+            START.replace("counting", "Counting") + "Mr. A is b.\n</think>\n\n <answer>a</answer>",
             tk.Trace(label="counting", facts=("Mr. A is b.",)),
             ("a",),
         ),
@@ -392,8 +417,9 @@ def test_mutilated_outputs_are_read_and_scored(gold):
         " <answer>",
         "\n",
         "\x00",
-        *tk._PAPER[0],
-        *tk._PAPER[1],
+        *START.split("counting"),
+        MIDDLE,
+        *parts(gold["cotempqa"][0][0], "mix")[0].split("mix"),
     )
     for k in range(1500):
         e, _ = gold["cotempqa" if k % 2 else "babi"][k % 300]
@@ -423,7 +449,7 @@ def test_mutilated_outputs_are_read_and_scored(gold):
         "\n",
     ],
 )
-@pytest.mark.parametrize("start", ["", "".join(tk._PAPER[1][:2]).replace(": .", ": mix.") + "["])
+@pytest.mark.parametrize("start", ["", parts(replace(marco(), dataset="cotempqa"), "mix")[0] + "["])
 def test_a_hundred_thousand_characters_take_under_a_second(start, piece):
     e, begun = replace(marco(), dataset="cotempqa", label="mix"), time.process_time()
     text = start + piece * (100_000 // len(piece))
@@ -454,56 +480,51 @@ def rows(microworld):
 def test_the_chat_text_has_the_papers_system_text_and_the_loss_sees_all_of_it(plain, rows):
     tokenizer = plain[1]
     for r in rows:
-        ids, mask = trainer.encode(tokenizer, r["prompt"], r["target"])
-        text = tokenizer.decode(ids)
-        assert mask == [1] * len(ids) and text == (
+        coded = trainer.encode_row(tokenizer, r)
+        ids, text = coded["input_ids"], tokenizer.decode(coded["input_ids"])
+        assert coded["mask"] == [1] * len(ids) and text == (
             "<|im_start|>system\nYou are Llama, an AI assistant created to be helpful and honest. "
             "Your knowledge spans a wide range of topics, allowing you to engage in substantive "
             "conversations and provide analysis on complex subjects.<|im_end|>\n<|im_start|>user\n"
             f"{r['prompt']}<|im_end|>\n<|im_start|>assistant\n{r['target']}<|im_end|>"
         )
-        prompt = trainer.encode(tokenizer, r["prompt"])
+        prompt = tk.encode_prompt(tokenizer, r["prompt"], **trainer.template(tokenizer))
         assert ids[: len(prompt)] == prompt and tokenizer.decode(prompt).endswith("assistant\n")
-        assert [
-            list(part) for part in trainer.encode_row(tokenizer, r["prompt"] * 9, r["target"])
-        ] == [part[:1024] for part in trainer.encode(tokenizer, r["prompt"] * 9, r["target"])]
+        long = {**r, "prompt": r["prompt"] * 9}
+        whole = trainer.encode_row(tokenizer, long)
+        assert len(whole["mask"]) > 1024
+        assert trainer.code_rows(tokenizer, [long]) == [{k: v[:1024] for k, v in whole.items()}]
 
 
-def test_direct_prompting_has_no_template_and_controlled_stays_as_it_was(plain, rows, monkeypatch):
-    tokenizer, scope = plain[1], trainer.encode.__globals__
-    r = rows[0]
-    monkeypatch.setitem(scope, "direct", True)
-    assert tokenizer.decode(trainer.encode(tokenizer, r["prompt"])) == r["prompt"]
-    monkeypatch.setitem(scope, "published", False)
-    for direct in (True, False):
-        monkeypatch.setitem(scope, "direct", direct)
-        assert tuple(trainer.encode_row(tokenizer, r["prompt"] * 9, r["target"])) == tk.encode(
-            tokenizer, r["prompt"] * 9, r["target"], direct
-        )
+def test_direct_prompting_has_no_template_and_controlled_stays_as_it_was(plain, rows):
+    tokenizer, r = plain[1], {**rows[0], "prompt": rows[0]["prompt"] * 9}
+    for protocol, condition, chat in (
+        ("published", "direct", False),
+        ("controlled", "direct", True),
+        ("controlled", "correct", False),
+    ):
+        nb03 = notebook_functions("03_finetune_student", protocol=protocol, condition=condition)
+        assert nb03.template(tokenizer) == {"chat": chat}
+        ids, mask = tk.encode_row(tokenizer, r["prompt"], r["target"], chat)
+        assert nb03.code_rows(tokenizer, [r]) == [{"input_ids": ids, "mask": mask}]  # never cut
+        prompt = tk.encode_prompt(tokenizer, r["prompt"], chat)
+        assert mask == [0] * len(prompt) + [1] * (len(ids) - len(prompt))
+        assert (tokenizer.decode(prompt) == r["prompt"]) is not chat
 
 
 def test_the_system_text_names_the_family_and_the_date_stands_still(plain):
     tokenizer = copy.deepcopy(plain[1])
     tokenizer.name_or_path = "somewhere/Qwen3-1.7B"
     tokenizer.chat_template = "{{ date_string }}|{{ messages[0]['content'] }}|"
-    text = tokenizer.decode(trainer.encode(tokenizer, "x"))
+    text = tokenizer.decode(tk.encode_prompt(tokenizer, "x", **trainer.template(tokenizer)))
     assert text.startswith("26 Jul 2024|You are Qwen, an AI assistant")
 
 
 def test_the_loss_on_all_tokens_is_the_librarys(plain, rows):
     model, tokenizer = plain
-    batch = tk.collate(
-        [
-            dict(
-                zip(("input_ids", "mask"), trainer.encode_row(tokenizer, r["prompt"], r["target"]))
-            )
-            for r in rows[:5]
-        ],
-        tokenizer.pad_token_id,
-    )
-    lengths = torch.tensor(
-        [len(trainer.encode_row(tokenizer, r["prompt"], r["target"])[0]) for r in rows[:5]]
-    )
+    coded = trainer.code_rows(tokenizer, rows[:5])
+    batch = trainer.collate(coded, tokenizer.pad_token_id)
+    lengths = torch.tensor([len(row["mask"]) for row in coded])
     seen = torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]
     labels = batch["input_ids"].masked_fill(~seen, -100)
     with torch.no_grad():
@@ -512,27 +533,34 @@ def test_the_loss_on_all_tokens_is_the_librarys(plain, rows):
     assert len(set(lengths.tolist())) > 1
     assert batch["shift_labels"].numel() == int((lengths - 1).sum())
     assert ours.loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)
+    by_hand = trainer.completion_loss(whole.logits, batch["input_ids"], seen)
+    assert by_hand.item() == pytest.approx(whole.loss.item(), rel=1e-5)
 
 
 def test_warm_up_and_encoding_reach_the_training(rows, tmp_path):
     model, tokenizer = tk.load_student("tiny")
-    curve, facts = tk.finetune(
-        model,
-        tokenizer,
-        rows[:8],
-        tmp_path,
-        epochs=1,
-        batch_size=2,
-        warmup=0.5,
-        encode_row=lambda *row: [part[:30] for part in trainer.encode(*row)],
+    lora = trainer.LoraConfig(target_modules=tk.PROJECTIONS, task_type="CAUSAL_LM")
+    model = trainer.add_lora(model, lora, 0)
+    coded = trainer.code_rows(tokenizer, rows[:8])
+    train = [{key: part[:30] for key, part in row.items()} for row in coded]
+    arguments = trainer.training_arguments(
+        tmp_path / "checkpoints",
+        4,
+        seed=0,
+        warmup_steps=0.5,
+        per_device_train_batch_size=2,
+        save_steps=100,
     )
-    rates = [r["learning_rate"] for r in curve if "learning_rate" in r]
+    runner = trainer.make_trainer(model, tokenizer.pad_token_id, train, [], arguments, 1)
+    facts = trainer.finetune(runner, tmp_path)
+    rates = [r["learning_rate"] for r in runner.state.log_history if "learning_rate" in r]
     assert len(rates) == 4 and rates.index(max(rates)) == 2 and facts["train_tokens"] == 8 * 30
 
 
 def test_a_sampled_output_depends_on_its_own_seed_alone(plain, rows):
     model, tokenizer = plain
-    prompts = [trainer.encode(tokenizer, r["prompt"]) for r in rows[:6]]
+    chosen = trainer.template(tokenizer)
+    prompts = [tk.encode_prompt(tokenizer, r["prompt"], **chosen) for r in rows[:6]]
     seeds, order = list(range(6)), [4, 1, 5]
     options = {"max_new_tokens": 12}
     whole = tk.generate(model, tokenizer, prompts, seeds=seeds, **options)
@@ -587,23 +615,10 @@ def test_02_and_03_run_and_a_killed_sampling_ends_the_same(tmp_path):
     folder = make_workspace(tmp_path)
     tk.write_jsonl(
         folder / "data/interim/microworld/examples.jsonl",
-        notebook_functions("01_decompose_problems").make_microworld(24, 12, 12),
+        notebook_functions("01_decompose_microworld").make_microworld(24, 12, 12),
     )
-    study = (
-        "-p",
-        "study",
-        "paper",
-        "-p",
-        "student",
-        "tiny",
-        "-p",
-        "protocol",
-        "published",
-        "-p",
-        "conditions",
-        "correct,incorrect",
-    )
-    done = papermill(folder, "02_corrupt_traces", *study)
+    study = "-p study paper -p student tiny -p protocol published -p conditions correct,incorrect"
+    done = papermill(folder, "02_corrupt_traces", *study.split())
     assert done.returncode == 0, done.stderr[-3000:]
     assert "other gold facts than in controlled: 0 of 48 items" in done.stderr
     checks = json.loads((folder / "data/results/paper/manipulation_checks.json").read_text())
@@ -612,17 +627,14 @@ def test_02_and_03_run_and_a_killed_sampling_ends_the_same(tmp_path):
     options = [x for k, v in RUN.items() for x in ("-p", k, str(v))]
     first = papermill(folder, "03_finetune_student", *options)
     assert first.returncode == 0, first.stderr[-3000:]
-    assert "0 of 24 training rows are cut at 1024 tokens" in first.stderr
-    (results,) = folder.glob("data/results/paper/*incorrect-published-seed0-*")
-    metrics = json.loads((results / "metrics.json").read_text())
-    assert (metrics["warmup"], metrics["cut_rows"], metrics["n_test"]) == (0.03, 0, 12)
-    before, outputs = (
-        (results / "predictions.jsonl").read_bytes(),
-        (folder / "data/runs" / results.name / "outputs.jsonl"),
-    )
-    lines = outputs.read_bytes().splitlines(keepends=True)
+    (run,) = folder.glob("data/runs/*incorrect-published-seed0-*")
+    record = json.loads((run / "run.json").read_text())
+    assert (record["warmup"], record["cut_rows"], record["n_test"]) == (0.03, 0, 12)
+    assert (record["layout"], record["has_facts"]) == ("before", True)
+    outputs = run / "outputs.jsonl"
+    before = outputs.read_bytes()
+    lines = before.splitlines(keepends=True)
     outputs.write_bytes(b"".join(lines[:5]) + lines[5][:-9])
-    (results / "metrics.json").unlink()
     again = papermill(folder, "03_finetune_student", *options)
     assert again.returncode == 0 and "generated 12/12" in again.stderr
-    assert (results / "predictions.jsonl").read_bytes() == before
+    assert sorted(outputs.read_bytes().splitlines()) == sorted(before.splitlines())

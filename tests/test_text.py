@@ -51,7 +51,7 @@ TRACES = st.builds(
 ) | st.builds(tk.Trace, text=CONTENT)
 
 
-@pytest.mark.parametrize("condition", tk.LAYOUTS)
+@pytest.mark.parametrize("condition", tk.conditions())
 @pytest.mark.parametrize("dataset", ["microworld", "babi"])
 def test_round_trip_of_every_example(corrupter, request, dataset, condition):
     examples = request.getfixturevalue(dataset)
@@ -60,7 +60,7 @@ def test_round_trip_of_every_example(corrupter, request, dataset, condition):
         for e in (examples[0] if dataset == "babi" else examples)
         if len(corrupter.non_gold_facts(e)) >= len(set(e.gold_facts))
     ]
-    pool, layout = corrupter.Pool(examples), tk.LAYOUTS[condition]
+    pool, layout = corrupter.Pool(examples), corrupter.CONDITIONS[condition].layout
     for e in examples[:: 1 if condition in ("correct", "incorrect", "vanilla") else 5]:
         trace = corrupter.make_trace(e, condition, pool)
         parsed = tk.parse_output(tk.render_target(e, trace, layout=layout), e)
@@ -108,7 +108,7 @@ def test_a_fact_stays_on_its_line_of_the_prompt(facts, question):
 def test_the_untuned_student_is_told_format_and_labels(example):
     text = tk.render_prompt(example, direct=True)
     assert text.startswith(tk.render_prompt(example))
-    assert all(word in text for word in (*tk.LABELS["microworld"], "<think>", "</answer>"))
+    assert all(word in text for word in (*tk.dataset("microworld").labels, "<think>", "</answer>"))
 
 
 def test_the_other_protocol_is_refused_and_not_ignored(example):
@@ -242,14 +242,14 @@ def test_twenty_thousand_fuzzed_outputs_are_read_and_scored(corrupter, microworl
     rng, pool, readable = random.Random(0), corrupter.Pool(microworld), 0
     for i in range(20_000):
         e = microworld[i % len(microworld)]
-        rule = rng.choice(list(tk.LAYOUTS))
+        rule = rng.choice(tk.conditions())
         text = tk.render_target(
             e, corrupter.make_trace(e, rule, pool), layout=rng.choice(("before", "after"))
         )
         for _ in range(rng.randrange(1, 5)):
             text = mutate(text, rng)
         parsed = tk.parse_output(text, e)
-        row = tk.score(parsed, e, tk.LAYOUTS[rule])
+        row = tk.score(parsed, e, corrupter.CONDITIONS[rule].layout)
         json.dumps(row, allow_nan=False)
         assert parsed.answers is None or any(parsed.answers), text
         assert parsed.answers is not None or not row["answer_ok"], text
