@@ -471,3 +471,15 @@ def test_another_students_files_alone_are_scored(nb, data_dir, tmp_path, cotempq
     assert nb.reproduction(found.table, {"summaries": []}) == [
         "No accuracy is published beside these outputs."
     ]
+
+
+def test_the_outputs_that_are_read_otherwise_than_before_are_listed(nb, cotempqa):
+    differs = json.loads((ROOT / "tests" / "golden.json").read_text())["reaudit_differs"]
+    at = {f"{o.student}/{o.condition}/{o.label_file}/{o.line}": o for o in cotempqa.outputs}
+    assert [len(differs[k]) for k in ("answers", "traces")] == [12, 4]
+    for row in differs["answers"]:
+        assert at[row["output"]].example.id == row["id"]
+        assert nb.answer_ok(at[row["output"]], nb.CORRECTED) is row["now"] is not row["before"]
+    for row in differs["traces"]:
+        label_ok, facts_ok = nb.trace_ok(at[row["output"]], None, nb.CORRECTED)
+        assert {"label_ok": label_ok, "facts_ok": facts_ok} == row["now"] != row["before"]
