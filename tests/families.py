@@ -53,7 +53,7 @@ def train_bpe(special):
         f"Context:\n{p} went to the {w}.\n{p} took the {w}.\nQuestion: Where is {p}? <think>"
         f"Question type: {label}\nFacts:\n- </think>\n<answer>{w}; {t}</answer>"
         for p in tk.PEOPLE
-        for w, t, label in zip(tk.PLACES, tk.THINGS, tk.LABELS["microworld"] * 2)
+        for w, t, label in zip(tk.PLACES, tk.THINGS, tk.QUESTION_TYPES * 2, strict=False)
     ]
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(

@@ -14,22 +14,38 @@ import transformers.training_args
 from conftest import make_workspace, notebook_functions, papermill
 from families import ENDS, FAMILIES, LLAMA_CHAT, QWEN3_CHAT
 from safetensors.torch import load_file
+from test_student import make_lora, make_trainer, recipe
 
 import tracekd_utils as tk
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 BOTH = pytest.mark.parametrize("family", sorted(FAMILIES))
-# how ids are made of an example and a target; a protocol with its own way joins here
+SYSTEM = "You are an AI assistant."
+# how the prompt of an example is written, and the options of its encoding; a protocol with its
+# own way joins here
 PATHS = {
-    "prompt": lambda tok, e, target: tk.encode(tok, tk.render_prompt(e), target),
-    "chat": lambda tok, e, target: tk.encode(
-        tok, tk.render_prompt(e, direct=True), target, direct=True
-    ),
-    "published": lambda tok, e, target: tk.encode(
-        tok, tk.render_prompt(e, "published"), target, True, "You are an AI assistant."
-    ),
+    "prompt": ({}, {}),
+    "chat": ({"direct": True}, {"chat": True}),
+    "published": ({"protocol": "published"}, {"chat": True, "system": SYSTEM}),
 }
 EVERY_PATH = pytest.mark.parametrize("path", PATHS)
+
+
+def encode_prompt(path, tokenizer, example):
+    """Ids of an example's prompt."""
+    written, options = PATHS[path]
+    return tk.encode_prompt(tokenizer, tk.render_prompt(example, **written), **options)
+
+
+def encode_row(path, tokenizer, example, target):
+    """Ids and mask of an example's prompt with a target."""
+    written, options = PATHS[path]
+    return tk.encode_row(tokenizer, tk.render_prompt(example, **written), target, **options)
+
+
+def as_row(pair):
+    """A row that `collate` takes."""
+    return dict(zip(("input_ids", "mask"), pair, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +93,9 @@ def test_the_student_is_quantised_as_in_the_paper(loaded, family):
 def pretend(patch, device):
     """Let the helper and the Trainer's arguments take this machine for one with `device`."""
     patch.setattr(
-        tk, "resolve_device", lambda: {"device": device, "dtype": torch.bfloat16, "reason": ""}
+        tk,
+        "resolve_device",
+        lambda dtype="auto": {"device": device, "dtype": torch.bfloat16, "reason": dtype},
     )
     patch.setattr(transformers.training_args, "is_torch_bf16_gpu_available", lambda: True)
 
@@ -90,7 +108,7 @@ def test_the_device_chooses_optimiser_and_checkpointing(
     monkeypatch, tmp_path, device, optimiser, checkpointing
 ):
     pretend(monkeypatch, device)
-    chosen = tk._arguments(tmp_path, 40, True, learning_rate=2e-4)
+    chosen = recipe.training_arguments(tmp_path, 40, learning_rate=2e-4)
     assert (chosen.optim.value, chosen.activation_checkpointing, chosen.bf16) == (
         optimiser,
         checkpointing,
@@ -119,11 +137,11 @@ def test_a_vanilla_target_holds_no_empty_thought(loaded, rows, path):
         # the danger is real: the template by itself puts the empty block there
         assert [naive(tokenizer, r["example"], vanilla).count(t) for t in tags] == [1, 1]
         for target, expected in ((vanilla, [0, 0]), (r["target"], [1, 1])):
-            ids, mask = PATHS[path](tokenizer, r["example"], target)
-            completion = [i for i, m in zip(ids, mask) if m]
+            ids, mask = encode_row(path, tokenizer, r["example"], target)
+            completion = [i for i, m in zip(ids, mask, strict=True) if m]
             assert [completion.count(t) for t in tags] == expected
             assert tokenizer.decode(completion) == target + "<|im_end|>"
-            prompt = PATHS[path](tokenizer, r["example"], None)
+            prompt = encode_prompt(path, tokenizer, r["example"])
             assert ids[: len(prompt)] == prompt and not tokenizer.decode(prompt).endswith(
                 "</think>\n\n"
             )
@@ -136,8 +154,8 @@ def test_llama_reads_one_begin_of_text(loaded, rows, path):
     begin = tokenizer.convert_tokens_to_ids("<|begin_of_text|>")
     for r in rows[:8]:
         assert naive(tokenizer, r["example"], r["target"]).count(begin) == 2  # the danger
-        prompt = PATHS[path](tokenizer, r["example"], None)
-        ids, mask = PATHS[path](tokenizer, r["example"], r["target"])
+        prompt = encode_prompt(path, tokenizer, r["example"])
+        ids, mask = encode_row(path, tokenizer, r["example"], r["target"])
         assert prompt.count(begin) == ids.count(begin) == 1 and prompt[0] == begin == ids[0]
         assert ids[-1] == tokenizer.convert_tokens_to_ids("<|eot_id|>") and mask[-1]
         day = "Today is 26 Jul 2024." if path != "prompt" else ""  # not the day of the run
@@ -148,20 +166,18 @@ def test_llama_reads_one_begin_of_text(loaded, rows, path):
 @EVERY_PATH
 def test_padding_is_not_learnt_and_the_end_is(loaded, rows, family, path):
     model, tokenizer = loaded[family]
-    pairs = [PATHS[path](tokenizer, r["example"], r["target"]) for r in rows[:5]]
-    batch = tk.collate([dict(zip(("input_ids", "mask"), p)) for p in pairs], tokenizer.pad_token_id)
-    targets = [[i for i, m in zip(ids, mask) if m] for ids, mask in pairs]
+    pairs = [encode_row(path, tokenizer, r["example"], r["target"]) for r in rows[:5]]
+    batch = tk.collate([as_row(pair) for pair in pairs], tokenizer.pad_token_id)
+    targets = [[i for i, m in zip(ids, mask, strict=True) if m] for ids, mask in pairs]
     assert batch["shift_labels"].tolist() == sum(targets, [])
     assert [t[-1] for t in targets] == [tokenizer.eos_token_id] * 5
     assert (batch["input_ids"] == tokenizer.pad_token_id).sum() > 5  # there was padding
     with torch.no_grad():
         together = model(**batch).loss.item()
-        alone = [
-            model(**tk.collate([dict(zip(("input_ids", "mask"), p))], 0)).loss.item() for p in pairs
-        ]
+        alone = [model(**tk.collate([as_row(pair)], 0)).loss.item() for pair in pairs]
     counts = [len(t) for t in targets]
     assert together == pytest.approx(
-        sum(a * n for a, n in zip(alone, counts)) / sum(counts), rel=2e-3
+        sum(a * n for a, n in zip(alone, counts, strict=True)) / sum(counts), rel=2e-3
     )
 
 
@@ -185,7 +201,7 @@ def forced(model, ends, stop, after):
 def test_generation_stops_at_every_end_token(loaded, rows, family, stop):
     model, tokenizer = loaded[family]
     ends = tokenizer.convert_tokens_to_ids(list(ENDS[family]))
-    prompts = [tk.encode(tokenizer, r["prompt"]) for r in rows[:2]]
+    prompts = [tk.encode_prompt(tokenizer, r["prompt"]) for r in rows[:2]]
     prompts[0] = prompts[0][: len(prompts[1]) - 4]  # the shorter one is row 0 of the batch
     handle = forced(model, ends, tokenizer.convert_tokens_to_ids(stop), 4)
     try:
@@ -200,7 +216,7 @@ def test_generation_stops_at_every_end_token(loaded, rows, family, stop):
 def test_sampling_defaults_and_missing_ends_do_not_matter(loaded, rows, family, monkeypatch):
     model, tokenizer = loaded[family]
     assert model.generation_config.do_sample and model.generation_config.temperature == 0.6
-    prompts = [tk.encode(tokenizer, r["prompt"]) for r in rows[:3]]
+    prompts = [tk.encode_prompt(tokenizer, r["prompt"]) for r in rows[:3]]
     first, again = (tk.generate(model, tokenizer, prompts, max_new_tokens=8) for _ in range(2))
     greedy = []
     with torch.no_grad():
@@ -216,8 +232,8 @@ def test_sampling_defaults_and_missing_ends_do_not_matter(loaded, rows, family, 
 
 # ---------------------------------------------------------------------- the whole path
 def arguments_of_a_gpu(monkeypatch, **changes):
-    """Let `finetune` train on this CPU under the Trainer arguments of a GPU."""
-    here, real, seen = tk.resolve_device, tk._arguments, []
+    """Let 03 train on this CPU under the Trainer arguments of a GPU."""
+    here, real, seen = tk.resolve_device, recipe.training_arguments, []
 
     def arguments(*given, **options):
         with monkeypatch.context() as patch:
@@ -226,28 +242,24 @@ def arguments_of_a_gpu(monkeypatch, **changes):
         assert tk.resolve_device is here
         return seen[-1]
 
-    monkeypatch.setattr(tk, "_arguments", arguments)
+    monkeypatch.setattr(recipe, "training_arguments", arguments)
     return seen
 
 
 def train(folder, rows, run_dir, steps=6, lora_dropout=0.0):
-    """Losses and adapter of a short training through `tk.finetune`."""
-    model, tokenizer = tk.load_student(str(folder))
-    curve, facts = tk.finetune(
-        model,
-        tokenizer,
+    """Losses and adapter of a short training by the functions of 03."""
+    trainer = make_trainer(
+        tk.load_student(str(folder)),
         rows[: 4 * steps],
         run_dir,
+        lora=make_lora(dropout=lora_dropout),
         validation=rows[-4:],
-        epochs=1,
-        batch_size=4,
         learning_rate=5e-3,
-        lora_dropout=lora_dropout,
-        checkpoint_steps=50,
+        save_steps=50,
     )
-    assert facts["train_tokens"] > 0
+    assert tk.finetune(trainer, run_dir)["train_tokens"] > 0
     return (
-        [r["loss"] for r in curve if "loss" in r],
+        [row["loss"] for row in trainer.state.log_history if "loss" in row],
         load_file(run_dir / "adapter" / "adapter_model.safetensors"),
     )
 
@@ -269,10 +281,10 @@ def test_a_student_goes_the_whole_way(folders, rows, tmp_path, monkeypatch, fami
     outputs = tk.generate(
         model,
         tokenizer,
-        [tk.encode(tokenizer, tk.render_prompt(e)) for e in examples],
+        [tk.encode_prompt(tokenizer, tk.render_prompt(e)) for e in examples],
         max_new_tokens=12,
     )
-    for e, ids in zip(examples, outputs):
+    for e, ids in zip(examples, outputs, strict=True):
         text = tokenizer.decode(ids, skip_special_tokens=True)
         fields = tk.score(tk.parse_output(text, e), e, "before")
         assert len(ids) <= 12 and fields["answer_ok"] in (True, False)
@@ -296,7 +308,7 @@ def prepared(tmp_path_factory, corrupter, microworld):
     interim, pool = workspace / "data/interim/microworld", corrupter.Pool(microworld)
     parts = [
         e
-        for split, n in zip(tk.SPLITS, (16, 4, 4))
+        for split, n in zip(tk.SPLITS, (16, 4, 4), strict=True)
         for e in [e for e in microworld if e.split == split][:n]
     ]
     tk.write_jsonl(interim / "examples.jsonl", parts)
@@ -329,12 +341,13 @@ def test_03_takes_a_local_folder(prepared, folders):
         prepared, "03_finetune_student", *(x for k, v in options.items() for x in ("-p", k, str(v)))
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    (path,) = prepared.glob("data/results/local/*/metrics.json")
-    metrics = json.loads(path.read_text())
-    assert metrics["n_test"] == 4 and metrics["train_tokens"] > 0
-    assert metrics["quadrants"] and metrics["student_files"] == "qwen3"
-    assert [r for r in tk.read_jsonl(path.with_name("predictions.jsonl")) if r["output"]]
-    assert (prepared / "data/runs" / path.parent.name / "adapter").is_dir()
+    (path,) = prepared.glob("data/runs/*/run.json")
+    record = json.loads(path.read_text())
+    assert record["n_test"] == 4 and record["train_tokens"] > 0
+    assert (record["layout"], record["has_facts"]) == ("before", True)
+    assert record["student_files"] == "qwen3" and record["studies"] == ["local"]
+    assert [r for r in tk.read_jsonl(path.with_name("outputs.jsonl")) if r["ids"]]
+    assert (path.parent / "adapter").is_dir()
 
 
 # ------------------------------------------------------------------------- grid and cost
@@ -342,32 +355,32 @@ LLAMA, QWEN = "meta-llama/Llama-3.2-1B-Instruct", "Qwen/Qwen3-1.7B"
 
 
 @pytest.fixture
-def study():
-    """Functions of 00 with the profile `paper` chosen; {} filters are the test's."""
+def grid():
+    """Steps of 00 with the profile `paper`, all of them or a part."""
     nb = notebook_functions("00_run_study", profile="paper")
 
-    def choose(**filters):
+    def choose(datasets=None, students=None, seeds=(0, 1, 2), conditions=None):
         chosen = nb.PROFILES["paper"]
-        nb.grid.__globals__.update(
-            {
-                "chosen": chosen,
-                "datasets": chosen["datasets"],
-                "students": chosen["students"],
-                "seeds": chosen["seeds"],
-                "conditions": "direct,vanilla,correct,incorrect",
-                "study": "",
-                **filters,
-            }
-        )
-        return nb.grid()
+        names = {
+            "chosen": chosen,
+            "seed_list": list(seeds),
+            "conditions": conditions or "direct,vanilla,correct,incorrect",
+        }
+        nb.grid_of.__globals__.update(names)
+        return [
+            step
+            for data in datasets or chosen["datasets"]
+            for who in students or chosen["students"]
+            for step in nb.grid_of(data, who)
+        ]
 
     return choose
 
 
-def test_the_grid_is_the_papers(study):
-    steps = study()
+def test_the_grid_is_the_papers(grid):
+    steps = grid()
     runs = [given for name, given in steps if name == "03_finetune_student"]
-    assert len(steps) == 6 * (1 + 3 * 5 + 1) and len(runs) == 2 * 3 * 4 * 3
+    assert len(steps) == 6 * (1 + 3 * 5 + 2) and len(runs) == 2 * 3 * 4 * 3
     assert {(r["student"], r["condition"], r["seed"]) for r in runs} == {
         (s, c, k)
         for s in (LLAMA, QWEN)
@@ -382,17 +395,15 @@ def test_the_grid_is_the_papers(study):
     assert set(tk.PINS) == {LLAMA, QWEN}
 
 
-def test_every_step_of_the_grid_passes_the_schema(study):
-    for name, given in study():
-        if given.get("dataset") == "marco" and "marco" not in tk.SIZES:
-            given = {**given, "dataset": "cotempqa"}  # until its loader is there
+def test_every_step_of_the_grid_passes_the_schema(grid):
+    for name, given in grid():
         values = {**tk.notebook_defaults(name), **given}
         assert tk.check_parameters(name, values).items() >= given.items()
 
 
-def test_a_part_of_the_grid_can_be_run(study):
-    part = study(datasets=["babi"], students=[QWEN], seeds="1", conditions="vanilla")
-    assert [name[:2] for name, _ in part] == ["01", "02", "03", "04"]
+def test_a_part_of_the_grid_can_be_run(grid):
+    part = grid(datasets=["babi"], students=[QWEN], seeds=[1], conditions="vanilla")
+    assert [name[:2] for name, _ in part] == ["10", "02", "03", "04", "05"]
     assert (
         part[2][1].items()
         >= {
@@ -408,27 +419,38 @@ def test_a_part_of_the_grid_can_be_run(study):
 def test_the_cost_by_hand():
     nb = notebook_functions("00_run_study")
     # q and o 2048 x 2048, k and v 2048 x 512, three of 2048 x 8192, 16 layers
-    assert nb.parameters_of(nb.SHAPES[LLAMA], 16) == (973_078_528, 262_668_288, 11_272_192)
-    assert nb.parameters_of(nb.SHAPES[QWEN], 16) == (1_409_286_144, 311_164_928, 17_432_576)
+    assert nb.weights_of(nb.SHAPES[LLAMA], 16) == {
+        "linear": 973_078_528,
+        "embeddings": 262_668_288,
+        "lora": 11_272_192,
+    }
+    assert nb.weights_of(nb.SHAPES[QWEN], 16) == {
+        "linear": 1_409_286_144,
+        "embeddings": 311_164_928,
+        "lora": 17_432_576,
+    }
     parts = nb.memory(nb.SHAPES[LLAMA], batch=16, length=1024, completion=100, rank=16)
-    assert {k: round(v / 1e6) for k, v in parts.items()} == {
-        "weights": 1027,  # 973.08 x 0.51587 + 2 x 262.67
-        "LoRA": 113,  # 11.27 x 10.03125
-        "activations": 2819,  # 2 x 16,384 x (16 x 2,048 + 10 x 2,048 + 4 x 8,192)
-        "logits": 2873,  # 14 x 1,600 x 128,256
-        "context": 1000,
+    assert {k: round(1000 * v) for k, v in parts.items()} == {
+        "weights, GB": 1027,  # 973.08 x 0.51587 + 2 x 262.67
+        "LoRA, GB": 113,  # 11.27 x 10.03125
+        "activations, GB": 2819,  # 2 x 16,384 x (16 x 2,048 + 10 x 2,048 + 4 x 8,192)
+        "logits, GB": 2873,  # 14 x 1,600 x 128,256
+        "context, GB": 1000,
     }
     # 6 x 973,078,528 x 3e6 tokens / (0.25 x 125e12) = 560.5 s; 32 batches x 500 x 0.03 s
-    training, generation = nb.hours(nb.SHAPES[LLAMA], 3_000_000, 1000, 500)
+    training = nb.training_hours(nb.SHAPES[LLAMA], 3_000_000, 16)
     assert training == pytest.approx(560.493 / 3600, rel=1e-4)
-    assert generation == pytest.approx(480 / 3600)
-    assert nb.cost_table()["total, GB"].max() < nb.CARD["memory"]
+    assert nb.generation_hours(1000, 500) == pytest.approx(480 / 3600)
+    totals = [
+        nb.cost_of(data, who)["total, GB"]
+        for data in nb.PAPER["datasets"]
+        for who in nb.PAPER["students"]
+    ]
+    assert len(totals) == 6 and max(totals) < nb.CARD["memory"]
 
 
 @BOTH
 def test_the_cost_counts_what_the_libraries_build(folders, family):
-    from peft import LoraConfig, get_peft_model
-
     model, _ = tk.load_student(str(folders[family]))
     c, nb = model.config, notebook_functions("00_run_study")
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
@@ -440,11 +462,14 @@ def test_the_cost_counts_what_the_libraries_build(folders, family):
         "q": width * c.num_attention_heads,
         "kv": width * c.num_key_value_heads,
     }
-    linear, embeddings, lora = nb.parameters_of(shape, 8)
+    expected = nb.weights_of(shape, 8)
     packed = [m.weight for m in model.modules() if type(m).__name__ == "Linear4bit"]
-    assert sum(math.prod(w.quant_state.shape) for w in packed) == linear
-    assert model.get_input_embeddings().weight.numel() == embeddings
+    assert sum(math.prod(w.quant_state.shape) for w in packed) == expected["linear"]
+    assert model.get_input_embeddings().weight.numel() == expected["embeddings"]
     constants = sum(w.quant_state.absmax.nbytes for w in packed)
-    assert (sum(w.nbytes for w in packed), constants) == (linear / 2, linear / 64)
-    adapted = get_peft_model(model, LoraConfig(r=8, target_modules=tk.PROJECTIONS))
-    assert adapted.get_nb_trainable_parameters()[0] == lora
+    assert (sum(w.nbytes for w in packed), constants) == (
+        expected["linear"] / 2,
+        expected["linear"] / 64,
+    )
+    adapted = recipe.get_peft_model(model, make_lora(rank=8))
+    assert adapted.get_nb_trainable_parameters()[0] == expected["lora"]
