@@ -36,7 +36,7 @@ def jobs(tmp_path_factory):
     done = make_figures(tmp_path_factory.mktemp("make"), "echo")
     assert done.returncode == 0, done.stderr
     words = [line.split() for line in done.stdout.splitlines()]
-    return [(first, dict(zip(rest[1::3], rest[2::3]))) for first, _, *rest in words]
+    return [(first, dict(zip(rest[1::3], rest[2::3], strict=True))) for first, _, *rest in words]
 
 
 def nodes(notebook):

@@ -124,7 +124,7 @@ def test_an_empty_margin_gives_null_and_its_reason(cells, reason):
 
 def test_strata_are_those_of_the_library_and_empty_ones_are_left_out():
     parts = [(12, 5, 6, 20), (30, 14, 9, 11), (7, 0, 3, 0)]
-    table = pd.concat([frame(*c, label=k) for k, c in zip("abc", parts)])
+    table = pd.concat([frame(*c, label=k) for k, c in zip("abc", parts, strict=True)])
     out = tk.disconnect_statistics(table)["by_label"]
     reference = StratifiedTable(
         [np.array([[tp, fn], [fp, tn]], float) for tp, fp, fn, tn in parts[:2]]
@@ -161,14 +161,68 @@ def test_wilson_interval_by_hand():
 @pytest.mark.parametrize("b, c", [(9, 2), (2, 9), (5, 5), (0, 0), (1, 0), (40, 21)])
 def test_mcnemar_midp(b, c):
     pairs = [(1, 0)] * b + [(0, 1)] * c + [(1, 1)] * 7 + [(0, 0)] * 3
-    first, second = (np.array(x, bool) for x in zip(*pairs))
-    out = tk.mcnemar_midp(first, second)
+    first, second = (np.array(x, bool) for x in zip(*pairs, strict=True))
+    out = tk.paired_difference(first, second)
     # mid-p = exact p less the probability of the observed split (Fagerland 2013)
     n, k = b + c, min(b, c)
     expected = (
         1.0 if b == c else mcnemar([[7, b], [c, 3]], exact=True).pvalue - (math.comb(n, k) / 2**n)
     )
-    assert out["p"] == pytest.approx(expected)
-    assert (out["b"], out["c"], out["n"]) == (b, c, len(pairs))
-    assert out["difference"] == pytest.approx((b - c) / len(pairs))
-    assert tk.mcnemar_midp(second, first)["p"] == pytest.approx(out["p"])
+    assert out["p"] == tk.mcnemar_midp(b, c) == pytest.approx(expected)
+    assert (out["only_first"], out["only_second"], out["n"]) == (b, c, len(pairs))
+    assert out["estimate"] == pytest.approx((b - c) / len(pairs))
+    assert tk.mcnemar_midp(c, b) == pytest.approx(out["p"])
+
+
+def test_the_interval_of_a_difference_is_scipys_bootstrap():
+    first, second = np.array([1, 1, 1, 0, 1, 0, 1, 1]), np.array([0, 1, 0, 0, 1, 1, 0, 1])
+    out = tk.paired_difference(first, second)
+    expected = stats.bootstrap(
+        (first - second,),
+        np.mean,
+        n_resamples=4000,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    assert (out["low"], out["high"]) == (expected.low, expected.high)
+    # every resample has the share of one of its values, hence eighths
+    assert (8 * np.array([out["low"], out["high"]]) % 0.5 == 0).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_without_spread_there_is_no_interval_but_a_reason():
+    for first, second, value in (([1, 0], [1, 0], 0), ([1, 1, 1], [0, 0, 0], 1)):
+        out = tk.paired_difference(first, second)
+        assert (out["estimate"], out["low"], out["high"]) == (value, None, None)
+        assert "equal" in out["reason"]
+    assert tk.paired_difference([], [])["estimate"] is None
+
+
+def test_only_complete_pairs_are_compared_and_only_answers_have_a_p():
+    out = tk.paired_difference([1.0, None, 0.0, 1.0], [0.0, 1.0, None, 0.0])
+    assert (out["n"], out["only_first"]) == (2, 2)
+    out = tk.paired_difference([0.5, 2.5], [0.0, 1.0])
+    assert out["estimate"] == 1.0 and out["p"] is None and out["only_first"] is None
+
+
+def test_the_functions_are_those_of_the_notebook_that_teaches_them():
+    from conftest import notebook_functions
+
+    lesson = notebook_functions("05_analyse_disconnect")
+    assert tk.disconnect_statistics is lesson.disconnect_statistics
+    assert tk.phi_coefficient is lesson.phi_coefficient
+    assert tk.stratified_association is lesson.stratified_association
+
+
+def test_newcombes_interval_is_made_of_wilsons():
+    cells = {"TP": 30, "FP": 20, "FN": 10, "TN": 40}
+    out = tk.disconnect_statistics(frame(30, 20, 10, 40))["difference"]
+    one, two = tk.proportion(30, 40), tk.proportion(20, 60)
+    p1, p2 = one["estimate"], two["estimate"]
+    assert out["low"] == pytest.approx(
+        p1 - p2 - math.hypot(p1 - one["low"], two["high"] - p2), abs=1e-9
+    )
+    assert out["high"] == pytest.approx(
+        p1 - p2 + math.hypot(one["high"] - p1, p2 - two["low"]), abs=1e-9
+    )
+    assert tk.lesson("05_analyse_disconnect").rate_difference(cells) == out
