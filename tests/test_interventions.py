@@ -30,49 +30,46 @@ def plain():
 
 
 @pytest.fixture
-def items(microworld, corrupter, plain, monkeypatch):
+def items(microworld, corrupter, plain):
     """Ten items whose own trace is the gold one, with all that is forced on them."""
     examples = [e for e in microworld if e.split == "test"][:10]
+    texts = forced_texts(examples, corrupter)
+    known = {}
+    for e in microworld:
+        known.setdefault(e.label, set()).add(e.answers)
+    known = {label: sorted(answers) for label, answers in known.items()}
+    found = []
+    for e in examples:
+        planted = nb.planted_answers(e, known, 0)
+        text = texts["gold"][e.id] + "; ".join(e.answers) + "</answer>"
+        said = {"output": text, "output_ids": plain[1](text).input_ids}
+        heads = nb.heads_of(e, texts, planted)
+        prompt = tk.render_prompt(e)
+        found.append(nb.make_item(plain[1], e, prompt, heads, planted, said, "before"))
+    return found
+
+
+def forced_texts(examples, corrupter):
+    """{arm: {id: text up to `<answer>`}} of the traces that 02 writes."""
     pool = corrupter.Pool(examples)
-    texts = {
-        a: {
-            e.id: tk.render_target(e, corrupter.make_trace(e, c, pool)).partition("<answer>")[0]
-            + "<answer>"
-            for e in examples
-        }
-        for a, c in nb.FILES.items()
+    return {
+        arm: {e.id: nb.up_to_answer(e, corrupter.make_trace(e, condition, pool)) for e in examples}
+        for arm, condition in nb.FILES.items()
     }
-    for name, value in (
-        ("examples", {e.id: e for e in examples}),
-        ("texts", texts),
-        ("prompts", {e.id: tk.render_prompt(e) for e in examples}),
-        ("run", {"protocol": "controlled"}),
-    ):
-        monkeypatch.setitem(SPACE, name, value)
-    known = nb.answers_of(examples)
-    return [
-        nb.make_item(
-            plain[1],
-            {"id": e.id, "output": text, "output_ids": plain[1](text).input_ids},
-            "before",
-            known,
-        )
-        for e in examples
-        for text in [texts["gold"][e.id] + "; ".join(e.answers) + "</answer>"]
-    ]
 
 
 # ------------------------------------------------------------------------- tokens
-def test_forced_tokens_and_answers_are_those_of_training(items, plain):
+def test_forced_tokens_and_answers_are_those_of_training(items, plain, corrupter):
     tokenizer = plain[1]
+    texts = forced_texts([i.example for i in items], corrupter)
     for item in items:
-        for arm, text in ((a, SPACE["texts"][a][item.example.id]) for a in nb.FILES):
+        for arm, text in ((a, texts[a][item.example.id]) for a in nb.FILES):
             if arm not in item.forced:
                 assert arm == "masked"
                 continue
             forced = item.forced[arm]
             target = text + "; ".join(item.example.answers) + "</answer>"
-            ids, _ = tk.encode(tokenizer, tk.render_prompt(item.example), target)
+            ids, _ = tk.encode_row(tokenizer, tk.render_prompt(item.example), target)
             assert ids == [*item.prompt, *forced.ids, *forced.tails[0], tokenizer.eos_token_id]
             assert forced.lead == "" and len(forced.tails) == 1 + bool(item.planted)
         assert item.forced["own"] == item.forced["gold"] == item.forced["cut_100"]
@@ -143,7 +140,7 @@ def test_a_tokenizer_that_joins_the_tag_with_the_answer(example):
     ends = ["kitchen</answer>", "garden</answer>"]
     forced = nb.force_text(joins, head, ends)
     assert forced.lead == ">"
-    for tail, end in zip(forced.tails, ends):
+    for tail, end in zip(forced.tails, ends, strict=True):
         assert forced.ids + tail == joins(head + end).input_ids
     assert nb.read_answer(">kitchen</answer>", forced, example) == ("kitchen", ("kitchen",))
     assert nb.read_answer("kitchen</answer>", forced, example)[1] is None
@@ -163,30 +160,29 @@ def reference(model, tokenizer, prompt, forced, tail):
 
 def test_cached_answers_are_those_without_a_cache(items, plain):
     model, tokenizer = plain
-    batch = items[:4]  # prompts and traces of unequal length
-    assert len({len(i.prompt) for i in batch}) > 1
-    jobs = [(n, f) for n, i in enumerate(batch) for f in i.forced.values()]
-    found = nb.answer_all(model, tokenizer, [i.prompt for i in batch], jobs, 12)
-    plainly = tk.generate(
-        model,
-        tokenizer,
-        [batch[n].prompt + f.ids for n, f in jobs],
-        max_new_tokens=12,
-        batch_size=1,
-    )
-    for (n, forced), (text, values), ids in zip(jobs, found, plainly):
-        assert text == tokenizer.decode(ids, skip_special_tokens=True)
-        assert len(values) == len(forced.tails) == 1 + bool(batch[n].planted)
-        for tail, value in zip(forced.tails, values):
-            assert value == pytest.approx(
-                reference(model, tokenizer, batch[n].prompt, forced, tail), abs=2e-3
-            )
-    alone = [
-        nb.answer_all(model, tokenizer, [batch[n].prompt], [(0, f)], 12)[0] for n, f in jobs[::5]
-    ]
-    assert [a[0] for a in alone] == [f[0] for f in found[::5]]
-    spread = pd.Series([v[0] for _, v in found]).std()
-    assert spread > 0.5  # traces change what is compared, by far more than its tolerance
+    for item in items[:4]:
+        traces = list(item.forced.values())
+        assert len({len(f.ids) for f in traces}) > 1  # of unequal length, side by side
+        found = nb.answer_all(model, tokenizer, item.prompt, traces, 12)
+        prompts = [item.prompt + f.ids for f in traces]
+        plainly = tk.generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=1)
+        for forced, (text, values), ids in zip(traces, found, plainly, strict=True):
+            assert text == tokenizer.decode(ids, skip_special_tokens=True)
+            assert len(values) == len(forced.tails) == 1 + bool(item.planted)
+            for tail, value in zip(forced.tails, values, strict=True):
+                expected = reference(model, tokenizer, item.prompt, forced, tail)
+                assert value == pytest.approx(expected, abs=2e-3)
+        alone = [nb.answer_all(model, tokenizer, item.prompt, [f], 12)[0] for f in traces[::5]]
+        assert [text for text, _ in alone] == [text for text, _ in found[::5]]
+        spread = pd.Series([values[0] for _, values in found]).std()
+        assert spread > 0.1  # traces change what is compared, by far more than its tolerance
+
+
+def test_a_trace_whose_tag_ends_elsewhere_has_no_log_probability(items, plain):
+    model, tokenizer = plain
+    gold = items[0].forced["gold"]
+    found = nb.answer_all(model, tokenizer, items[0].prompt, [gold, gold._replace(tails=[])], 3)
+    assert found[0][0] == found[1][0] and found[0][1] and found[1][1] == []
 
 
 def test_writing_stops_at_the_closing_tag_or_the_limit(plain, monkeypatch):
@@ -198,30 +194,23 @@ def test_writing_stops_at_the_closing_tag_or_the_limit(plain, monkeypatch):
         [*tokenizer("a").input_ids, tokenizer.eos_token_id, 5],
         tokenizer("a b c d e f g h").input_ids,
     ]
+    steps = []
 
-    def feed(model, state, ids, seen, keep):
-        """Say the next token of the script that the row's last token belongs to."""
-        rows, cache = len(ids), state.cache
-        cache.step += 1
-        logits = torch.zeros(rows, 1, len(tokenizer))
-        for at, row in enumerate(cache.rows):
-            logits[at, 0, scripts[row][cache.step]] = 1
+    def feed(model, state, ids, seen, keep=0):
+        """Say the next token of each row's script."""
+        steps.append(len(ids))
+        logits = torch.zeros(len(ids), 1, len(tokenizer))
+        for row, script in enumerate(scripts):
+            logits[row, 0, script[min(len(steps), len(script) - 1)]] = 1
         return logits, state
-
-    class Cache:
-        """Stands for keys and values; remembers which rows are left."""
-
-        step, rows = 0, [0, 1, 2]
-
-        def batch_select_indices(self, which):
-            self.rows = [self.rows[k] for k in which.tolist()]
 
     monkeypatch.setitem(SPACE, "feed", feed)
     first = torch.zeros(3, len(tokenizer))
     for row, script in enumerate(scripts):
         first[row, script[0]] = 1
-    found = nb.write_answers(plain[0], tokenizer, nb.State(Cache(), torch.ones(3, 1)), first, 6)
+    found = nb.write_answers(plain[0], tokenizer, nb.State(None, torch.ones(3, 1)), first, 6)
     assert found == ["kitchen</answer>", "a", tokenizer.decode(scripts[2][:6])]
+    assert len(steps) == 5  # the first token needs no step
 
 
 # -------------------------------------------------------------------------- planting
@@ -243,7 +232,9 @@ def test_planted_answers_by_hand(example):
 
 
 def test_planted_traces_hold_the_planted_answer_and_not_the_gold_one(microworld):
-    known, n = nb.answers_of(microworld), 0
+    known, n = {}, 0
+    for e in microworld:
+        known.setdefault(e.label, []).append(e.answers)
     for e in microworld:
         if (answers := nb.planted_answers(e, known, 0)) is None:
             continue
@@ -276,17 +267,6 @@ def test_planting_never_raises(answer, fact):
 
 
 # --------------------------------------------------------------------------- metrics
-def test_means_by_hand_and_without_spread():
-    found = nb.mean_interval([0.0, 1.0, None, 1.0, 0.0])
-    assert (found["estimate"], found["n"], found["reason"]) == (0.5, 4, None)
-    assert found["low"] == 0.0 and found["high"] == 1.0  # 4 items: both ends are reached
-    same = nb.mean_interval([2.0, 2.0])
-    assert (same["estimate"], same["low"], same["high"]) == (2.0, None, None)
-    assert same["reason"] == "all 2 values are equal"
-    assert nb.mean_interval([])["estimate"] is None
-    assert nb.mean_interval([None])["reason"] == "no item"
-
-
 def rows(arm, said, ok, same=None, follows=None):
     return [
         {
@@ -300,7 +280,7 @@ def rows(arm, said, ok, same=None, follows=None):
             "logprob_gold": -1.0,
             "logprob_planted": None,
         }
-        for i, (a, o) in enumerate(zip(said, ok))
+        for i, (a, o) in enumerate(zip(said, ok, strict=False))
     ]
 
 
@@ -323,17 +303,15 @@ def test_answers_of_other_items_by_hand():
     assert nb.others_answer(frame).tolist() == pytest.approx([1 / 3, 2 / 3, 2 / 3, 1 / 3])
 
 
-def test_the_area_under_the_early_answering_curve(monkeypatch):
-    flips = dict(zip(nb.CUTS, (1.0, 0.8, 0.5, 0.1, 0.0)))
-    monkeypatch.setitem(
-        SPACE, "arms", {f"cut_{c}": {"flip_rate": {"estimate": v}} for c, v in flips.items()}
-    )
-    curve, area = nb.early_answering()
+def test_the_area_under_the_early_answering_curve():
+    flips = dict(zip(nb.CUTS, (1.0, 0.8, 0.5, 0.1, 0.0), strict=True))
+    arms = {f"cut_{c}": {"flip_rate": {"estimate": v}} for c, v in flips.items()}
+    curve, area = nb.early_answering(arms)
     assert [s for s, _ in curve] == [0, 0.25, 0.5, 0.75, 1]
     assert [y for _, y in curve] == pytest.approx([0, 0.2, 0.5, 0.9, 1])
     assert area == pytest.approx(0.25 * (0 / 2 + 0.2 + 0.5 + 0.9 + 1 / 2))
-    SPACE["arms"]["cut_50"] = {"flip_rate": {"estimate": None}}
-    assert nb.early_answering() == ([], None)
+    arms["cut_50"] = {"flip_rate": {"estimate": None}}
+    assert nb.early_answering(arms) == ([], None)
 
 
 def test_what_a_student_has_seen():
@@ -342,13 +320,12 @@ def test_what_a_student_has_seen():
     assert not off("masked", 1.0, "masked") and off("masked", 1.0, "gold")
     assert not off("masked", 0.5, "gold")  # the other half of its rows were correct
     assert all(off("vanilla", 1.0, a) for a in nb.ARMS if a not in ("own", "cut_100"))
-    assert set(nb.SEEN) <= set(tk.LAYOUTS)
+    assert set(nb.SEEN) <= set(tk.conditions())
 
 
 # -------------------------------------------------------------------- resume, bad input
 def test_a_killed_notebook_goes_on_where_it_stopped(items, plain, tmp_path, monkeypatch):
     model, tokenizer = plain
-    monkeypatch.setitem(SPACE, "batch_size", 2)
     monkeypatch.setitem(SPACE, "max_new_tokens", 4)
     whole, path = {}, tmp_path / "rows.jsonl"
     nb.intervene(model, tokenizer, items[:6], tmp_path / "whole.jsonl", whole)
@@ -356,7 +333,7 @@ def test_a_killed_notebook_goes_on_where_it_stopped(items, plain, tmp_path, monk
 
     def killed(*given):
         calls.append(given)
-        if len(calls) == 3:
+        if len(calls) == 5:
             raise KeyboardInterrupt
         return answer_all(*given)
 
@@ -364,12 +341,13 @@ def test_a_killed_notebook_goes_on_where_it_stopped(items, plain, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         nb.intervene(model, tokenizer, items[:6], path, nb.done_rows(path, items[:6]))
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:-3]) + lines[-3][:20])  # the last item is torn
+    assert len(lines) == 4
+    path.write_bytes(b"".join(lines[:-1]) + lines[-1][:200])  # the last item is torn
     done = nb.done_rows(path, items[:6])
     assert len(done) == 3 and all(done[k] == whole[k] for k in done)
     nb.intervene(model, tokenizer, items[:6], path, done)
-    assert [len(given[2]) for given in calls[3:]] and len(calls) == 5  # 3 items in 2 batches
-    assert done.keys() == whole.keys()
+    assert len(calls) == 5 + 3  # the three that lack
+    assert done.keys() == whole.keys() and nb.done_rows(path, items[:6]) == done
     for k in whole:
         for ours, theirs in zip(done[k], whole[k], strict=True):
             assert ours["answer"] == theirs["answer"] and ours["arm"] == theirs["arm"]
@@ -377,50 +355,44 @@ def test_a_killed_notebook_goes_on_where_it_stopped(items, plain, tmp_path, monk
 
 
 def test_an_answer_or_a_trace_longer_than_the_window(items):
-    need = max(len(i.prompt) + len(f.ids) for i in items for f in i.forced.values()) + 8
-    nb.check_window(items, need + 30, 8)
+    need = max(len(i.prompt) + len(f.ids) for i in items for f in i.forced.values())
+    nb.check_window(items, need + 38, 8)
     with pytest.raises(ValueError, match=r"microworld/test/\d+, arm \w+: .*window has 60.*take"):
         nb.check_window(items, 60, 8)
 
 
-def make_run(
-    study="bad", condition="correct", protocol="controlled", predictions=(), name="microworld-tiny"
-):
+def make_run(study="bad", condition="correct", protocol="controlled", predictions=(), seed=0):
+    name = f"microworld-tiny-{condition}-{protocol}-{seed}"
     folder = tk.RESULTS / study / name
-    metrics = {
-        "run_id": name,
-        "n_test": 1,
-        "data_hash": "0" * 64,
-        "parameters": {
-            **tk.notebook_defaults("03_finetune_student"),
-            "student": "tiny",
-            "n_train": 1,
-            "condition": condition,
-            "protocol": protocol,
-            "study": study,
-            "epochs": 1,
-        },
-    }
-    tk.write_json(folder / "metrics.json", metrics)
-    tk.write_jsonl(folder / "predictions.jsonl", predictions)
-    return metrics, folder
+    given = {"student": "tiny", "condition": condition, "protocol": protocol, "seed": seed}
+    given |= {"dataset": "microworld", "study": study, "epochs": 1, "n_train": 1}
+    parameters = tk.notebook_defaults("03_finetune_student") | given
+    layout = "none" if condition == "vanilla" else "before"
+    metrics = {"run_id": name, "n_test": 1, "data_hash": "0" * 64, "parameters": parameters}
+    tk.write_json(folder / "metrics.json", metrics | {"layout": layout})
+    tk.write_parquet(folder / "predictions.parquet", list(predictions))
+    return metrics | {"layout": layout}, folder
 
 
 def test_runs_that_cannot_be_intervened_on(outside_root):
-    with pytest.raises(FileNotFoundError, match="holds no run whose adapter.*03_finetune"):
+    with pytest.raises(FileNotFoundError, match="holds no run; run 00_run_study"):
         nb.find_run("nothing", "")
     metrics, folder = make_run(predictions=[{"id": "microworld/test/7", "output": "x"}])
-    with pytest.raises(FileNotFoundError, match="'other'; known: microworld-tiny"):
+    name = metrics["run_id"]
+    with pytest.raises(FileNotFoundError, match="holds no run.*adapter.*03_finetune.*study=bad"):
+        nb.find_run("bad", "")
+    with pytest.raises(FileNotFoundError, match=f"'other'; known: {name}"):
         nb.find_run("bad", "other")
-    assert nb.find_run("bad", "microworld-tiny") == metrics
-    with pytest.raises(ValueError, match="predictions.jsonl.*test/7.*output_ids.*03_finetune"):
-        nb.check_run(metrics, folder)
-    tk.write_jsonl(folder / "predictions.jsonl", [])
-    with pytest.raises(ValueError, match="no row.*03_finetune"):
-        nb.check_run(metrics, folder)
-    (folder / "predictions.jsonl").unlink()
-    with pytest.raises(FileNotFoundError, match="predictions.jsonl is missing.*03_finetune"):
-        nb.check_run(metrics, folder)
+    assert nb.find_run("bad", name).metrics == metrics
+    outputs = "predictions.parquet.*{}.*03_finetune.*04_score"
+    with pytest.raises(ValueError, match=outputs.format("test/7.*output_ids")):
+        nb.read_outputs(name, folder)
+    tk.write_parquet(folder / "predictions.parquet", [])
+    with pytest.raises(ValueError, match=outputs.format("no row")):
+        nb.read_outputs(name, folder)
+    (folder / "predictions.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match="predictions.parquet is missing"):
+        nb.read_outputs(name, folder)
     with pytest.raises(ValueError, match="protocol 'published'.*'controlled'"):
         nb.check_run(*make_run(protocol="published"))
     with pytest.raises(ValueError, match="'direct'.*no adapter"):
@@ -429,16 +401,56 @@ def test_runs_that_cannot_be_intervened_on(outside_root):
         nb.check_adapter(metrics)
 
 
+def test_the_first_usable_run_has_a_trace_to_force(outside_root):
+    made = [make_run("usable", c, seed=s)[1] for c, s in (("vanilla", 0), ("correct", 1))]
+    for folder in made:
+        tk.write_json(folder / "interventions.json", {})
+    assert nb.find_run("usable", "").folder == made[1]  # vanilla stands first in the registry
+    adapter = nb.adapter_of(made[0].name)
+    adapter.parent.mkdir(parents=True)
+    adapter.touch()
+    assert nb.find_run("usable", "").folder == made[0]  # an adapter comes before stored rows
+
+
+def test_outputs_of_this_very_adapter_come_first(outside_root):
+    metrics, folder = make_run("own", predictions=[{"id": "a", "output_ids": [1]}])
+    assert nb.read_outputs(metrics["run_id"], folder) == [{"id": "a", "output_ids": [1]}]
+    again = tk.RUNS / metrics["run_id"] / "predictions.parquet"
+    tk.write_parquet(again, [{"id": "a", "output_ids": [2]}])
+    assert nb.read_outputs(metrics["run_id"], folder) == [{"id": "a", "output_ids": [2]}]
+
+
+def test_rows_of_other_settings_are_not_taken(outside_root, capsys):
+    _, folder = make_run("stored")
+    settings = {"seed": 0, "max_new_tokens": 24}
+    assert nb.saved_rows(folder, ["a"], settings) == (None, {})
+    tk.write_parquet(folder / "interventions.parquet", [{"id": "a"}])
+    tk.write_json(folder / "interventions-details.json", {"settings": settings})
+    assert nb.saved_rows(folder, ["a"], settings) == ([{"id": "a"}], {"settings": settings})
+    for ids, other in ((["a", "b"], settings), (["a"], settings | {"seed": 1})):
+        assert nb.saved_rows(folder, ids, other) == (None, {})
+        assert "stored: 1 items" in capsys.readouterr().out
+
+
 def test_a_training_file_of_other_content_is_refused(outside_root, monkeypatch):
-    metrics, _ = make_run(name="microworld-tiny-correct")
+    """02 is run for it, and where the run's id does not come back the run is refused."""
+    metrics, _ = make_run("mixed")
     path = tk.sft_path("microworld", "controlled", "correct", 1.0, 0)
     before = path.read_bytes() if path.exists() else None
     tk.write_jsonl(path, [{"id": "a"}])
-    with pytest.raises(
-        ValueError, match="not the training file of microworld-tiny-correct.*run 01 and 02 again"
-    ):
-        nb.training_rows(metrics)
-    path.unlink() if before is None else path.write_bytes(before)
+    asked = []
+    monkeypatch.setattr(tk, "run_notebook", lambda name, **given: asked.append((name, given)))
+    for key, value in (("metrics", metrics), ("study", "mixed")):
+        monkeypatch.setitem(SPACE, key, value)
+    with pytest.raises(ValueError, match="is not of run microworld-tiny-correct.*run 02 again"):
+        nb.collect_traces(metrics["parameters"])
+    ((name, given),) = asked
+    assert name == "02_corrupt_traces" and given["conditions"] == "correct"
+    assert (given["n_train"], given["n_test"], given["seed"]) == (1, 1, 0)
+    if before is None:
+        path.unlink()
+    else:
+        path.write_bytes(before)
 
 
 # ------------------------------------------------------------------- from end to end
@@ -470,7 +482,7 @@ def blind_student(folder, words):
             p.zero_()
         model.model.embed_tokens.weight.copy_(torch.eye(len(tokenizer), 512))
         model.model.norm.weight.fill_(1)
-        for now, then in zip(chain, chain[1:]):
+        for now, then in zip(chain, chain[1:], strict=False):
             model.lm_head.weight[then, now] = 1
     model.save_pretrained(folder / "blind")
     tokenizer.save_pretrained(folder / "blind")
@@ -500,17 +512,9 @@ def add_run(monkeypatch, folder, condition, examples, corrupter, tokenizer, answ
                 for e in examples
             ],
         )
-    run = tk.resolve_run(
-        {
-            **tk.notebook_defaults("03_finetune_student"),
-            "epochs": 1,
-            "student": "data/blind",
-            "condition": condition,
-            "study": STUDY,
-            "quantize": False,
-        },
-        STUDY,
-    )
+    given = {"student": "data/blind", "condition": condition, "study": STUDY, "epochs": 1}
+    given |= {"dataset": "microworld", "quantize": False}
+    run = tk.resolve_run(tk.notebook_defaults("03_finetune_student") | given)
     rows = []
     for e in (e for e in examples if e.split == "test"):
         text = (
@@ -521,24 +525,20 @@ def add_run(monkeypatch, folder, condition, examples, corrupter, tokenizer, answ
             else "unreadable"
         )
         rows.append({"id": e.id, "output": text, "output_ids": tokenizer(text).input_ids})
-    tk.write_jsonl(run["results_dir"] / "predictions.jsonl", rows)
-    tk.write_json(
-        run["results_dir"] / "metrics.json",
-        {
-            "parameters": {**run["parameters"], "n_train": 4},
-            "n_test": len(rows),
-            "run_id": run["run_id"],
-            "data_hash": run["data_hash"],
-        },
-    )
-    run["run_dir"].mkdir(parents=True)
-    (folder / "data/adapter").rename(run["run_dir"] / "adapter")
-    return run["results_dir"]
+    results = tk.RESULTS / STUDY / run.run_id
+    tk.write_parquet(results / "predictions.parquet", rows)
+    metrics = {"run_id": run.run_id, "data_hash": run.data_hash, "n_test": len(rows)}
+    metrics["layout"] = "none" if condition == "vanilla" else "before"
+    parameters = run.parameters | {"n_train": 4}
+    tk.write_json(results / "metrics.json", metrics | {"parameters": parameters})
+    run.folder.mkdir(parents=True)
+    (folder / "data/adapter").rename(run.folder / "adapter")
+    return results
 
 
 def forced_run(folder, condition, microworld, corrupter, answer):
     """Workspace with a run of a blind student: folder of its results and gold answers."""
-    (make_workspace(folder) / "data").mkdir()
+    make_workspace(folder)
     with pytest.MonkeyPatch.context() as patch:
         tokenizer = blind_student(folder / "data", f"{answer}</answer>")
         by = {s: [e for e in microworld if e.split == s] for s in tk.SPLITS}
@@ -583,9 +583,8 @@ def test_a_student_that_cannot_use_its_trace(tmp_path, microworld, corrupter):
     assert found["early_answering"] == [[c / 100, 1.0] for c in nb.CUTS]
     right = [answers == ("office",) for answers in gold]
     assert 0 < sum(right) < 12
-    lines = tk.read_jsonl(results / "interventions.jsonl")
-    assert len(lines) == 12 and nb.fold(nb.unfold(lines)) == lines
-    rows = pd.DataFrame(nb.unfold(lines))
+    rows = pd.DataFrame(tk.read_parquet(results / "interventions.parquet"))
+    assert rows["id"].nunique() == 12
     assert set(found["arms"]) == set(nb.ARMS) == set(rows["arm"])
     for arm, m in found["arms"].items():
         assert set(m) == {
