@@ -430,386 +430,7 @@ def render_target(
     return f"{answer}\n{thought}" if layout == "after" else f"{thought}\n{answer}"
 
 
-# ---------------------------------------------------------------------------------- text in
-_ANSWER = r"<answer>(?P<answer>[^<]*)</answer>"
-_THINK = r"<think>(?P<trace>[^<]*)</think>"
-_STRICT = {
-    "before": re.compile(f"{_THINK}\n{_ANSWER}"),
-    "none": re.compile(_ANSWER),
-    "after": re.compile(f"{_ANSWER}\n{_THINK}"),
-}
-_CONTENT = re.compile(r"Question type: ([^\n]*)\nFacts:((?:\n- [^\n]*)*)")
-_TAG = re.compile(
-    r"<\s{0,9}(/?)\s{0,9}(think|thinking|thought|thoughts|reasoning|trace|answer|answers|"
-    r"final answer)\s{0,9}>",
-    re.I,
-)
-_ANSWER_CUE = re.compile(r"\banswers?\W{0,9}?(?:is|are)?\W{0,3}:", re.I)
-_LABEL_CUE = re.compile(r"\b(?:type|category|relation|label)\b[^:\n]{0,99}:(.*)", re.I)
-_FACTS_CUE = re.compile(r"\b(?:facts?|text|sentences?|evidence)\b[^:\n]{0,99}:", re.I)
-_BULLET = re.compile(r"\s*(?:[-*+•–—·▪◦]|\(?\d{1,3}[.)])\s*(.*)")
-_QUOTED = re.compile(r"(?<!\\)'((?:[^'\\]|\\.)*)'(?=\s*[,\]])|(?<!\\)\"((?:[^\"\\]|\\.)*)\"")
-_CURLY_QUOTES = {0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"'}
-
-
-def _read_label(trace: str, labels: tuple[str, ...]) -> str:
-    """Label named after a cue such as `type:`, else the only one that the text names."""
-    keys = {label_key(label): label for label in labels}
-    cue = _LABEL_CUE.search(trace)
-    found = cue[1].strip().strip(".*_`'\"") if cue else ""
-    text = label_key((found or trace)[:2000])
-    named = [label for key, label in keys.items() if f" {key} " in f" {text} "]
-    return keys.get(text, named[0] if len(named) == 1 else found)
-
-
-def _read_list(text: str) -> list[str]:
-    """Items of a bulleted list, a Python or JSON list, or else lines or sentences."""
-    text = text.strip()
-    if text.startswith("["):
-        return [re.sub(r"\\(['\"])", r"\1", a or b) for a, b in _QUOTED.findall(text)]
-    lines = [(line, _BULLET.match(line)) for line in text.split("\n") if line.strip()]
-    if not any(bullet for _, bullet in lines):
-        return [s for line, _ in lines for s in re.split(r"(?<=[.!?])\s+", line.strip())]
-    items: list[str] = []
-    for line, bullet in lines:
-        if bullet:
-            items.append(bullet[1].strip())
-        elif items:  # a line break inside the item before
-            items[-1] += " " + line.strip()
-    return items
-
-
-def read_answers(text: str, card: Dataset) -> tuple[str, ...] | None:
-    """Answers of an answer text: `;` separates, where there is none the card's separators do.
-
-    Where the answers are alternatives nothing does: one is asked for, it may hold any mark.
-    """
-    words = [rf"\b{w}\b" if w.isalnum() else re.escape(w) for w in card.separators]
-    if card.answers == "any":
-        parts = [text]
-    elif text.strip().startswith("["):
-        parts = _read_list(text)
-    else:
-        parts = re.split(";" if ";" in text or not words else "|".join(words), text)
-    found = [unescape(part.strip(" \t\n*_`'\"")) for part in parts]
-    return tuple(answer for answer in found if answer) or None
-
-
-class _Tag(NamedTuple):
-    """A tag in an output, whatever its spelling."""
-
-    start: int
-    end: int
-    closing: bool
-    kind: str  # answer or trace
-
-
-class _Span(NamedTuple):
-    """Text between the tags of one kind (None: no such tag), and where it starts."""
-
-    text: str | None
-    start: int
-    problems: list[str]
-
-
-def _find_tags(text: str) -> list[_Tag]:
-    tags = []
-    for match in _TAG.finditer(text):
-        kind = "answer" if match[2].lower().startswith(("answer", "final")) else "trace"
-        tags.append(_Tag(match.start(), match.end(), match[1] == "/", kind))
-    return tags
-
-
-def _find_span(text: str, tags: list[_Tag], kind: str) -> _Span:
-    """Content of the first answer or trace under free use of tags."""
-    opening = [t for t in tags if t.kind == kind and not t.closing]
-    start = opening[0].end if opening else 0
-    later = [t for t in tags if t.start >= start]
-    closing = [t for t in later if t.kind == kind and t.closing]
-    problems = [] if opening and closing else [f"{kind} tag missing"]
-    if len(opening) > 1:
-        problems.append(f"{kind} tag repeated")
-    # an answer needs its opening tag, a trace one of its two
-    if not opening and (kind == "answer" or not closing):
-        return _Span(None, -1, problems)
-    other = [t for t in later if t.kind != kind]
-    end = min((t.start for t in (*closing[:1], *other[:1])), default=len(text))
-    return _Span(_TAG.sub(" ", text[start:end]), start, problems)
-
-
-def _find_bare_answer(text: str, tags: list[_Tag], trace: str | None) -> tuple:
-    """(answer, trace), each a text or None, of an output without an answer tag.
-
-    The answer stands behind the trace, behind a cue such as `answer:`, or is the bare text.
-    """
-    closings = [t.end for t in tags if t.kind == "trace" and t.closing]
-    rest = text[closings[-1] :] if closings else text
-    cues = list(_ANSWER_CUE.finditer(rest))
-    answer = ""
-    if cues:
-        answer, before = rest[cues[-1].end() :], rest[: cues[-1].start()]
-        if trace is None and before.strip():
-            trace = before
-    elif closings or (trace is None and "\n" not in text.strip()):
-        answer = rest
-    elif trace is None and text.strip():
-        trace = text
-    return _TAG.sub(" ", answer).strip().split("\n")[0], trace
-
-
-def _read_trace(text: str, card: Dataset, bare: bool) -> tuple[Trace, list[str]]:
-    """Label and facts of a trace's text, and what departs from the grammar.
-
-    `bare`: what stands behind the cue is one fact, no list.
-    """
-    cue = _FACTS_CUE.search(text)
-    if cue is None:
-        bullets = [_BULLET.match(line) for line in text.split("\n")]
-        head, facts = text, [bullet[1] for bullet in bullets if bullet]
-    else:
-        head, cited = text[: cue.start()], text[cue.end() :].strip()
-        one_fact = bare and not cited.startswith("[")
-        facts = cited.split("\n")[:1] if one_fact else _read_list(cited)
-    trace = Trace(label=_read_label(head, card.labels), facts=tuple(map(unescape, facts)))
-    return trace, [] if cue else ["no list of facts"]
-
-
-def _read_leniently(text: str, card: Dataset, bare: bool = False) -> Parsed:
-    """Read an output that breaks the grammar, and say how it does."""
-    text = unicodedata.normalize("NFKC", text[:LONGEST]).translate(_CURLY_QUOTES)
-    text = re.sub(r"<[/\w]{0,9}\Z", "", text)  # no tag that was cut short
-    tags = _find_tags(text)
-    thought, said = _find_span(text, tags, "trace"), _find_span(text, tags, "answer")
-    answer, trace = said.text, thought.text
-    if answer is None:
-        answer, trace = _find_bare_answer(text, tags, trace)
-    problems = ["not exactly the grammar", *thought.problems, *said.problems]
-    answers = read_answers(answer, card) if answer else None
-    if not answers:
-        problems.append("no answer")
-    if trace is None:
-        return Parsed(trace=None, answers=answers, layout="none", problems=tuple(problems))
-    found, more = _read_trace(trace, card, bare)
-    layout = "after" if -1 < said.start < thought.start else "before"
-    return Parsed(trace=found, answers=answers, layout=layout, problems=(*problems, *more))
-
-
-def _python_list(text: str) -> tuple[str, ...]:
-    """Strings of a list exactly as Python writes it, () for anything else; nothing is evaluated."""
-    if not text.startswith("["):
-        return ()
-    escaped = re.compile(r"\\x([0-9a-f]{2})|\\u([0-9a-f]{4})")
-    items = [escaped.sub(lambda m: chr(int(m[1] or m[2], 16)), t) for t in _read_list(text)]
-    return tuple(items) if str(items) == text else ()
-
-
-def _read_published_answers(text: str, card: Dataset) -> tuple[str, ...]:
-    """Answers as the paper's targets write them; () where the text is none of these."""
-    if _TAG.search(text) or "\n" in text:
-        return ()
-    written = card.in_published_words()["answers"]
-    if written == "list":
-        answers = _python_list(text)
-    else:
-        answers = (text,) if written == "first" else tuple(text.split(","))
-    return answers if all(a.strip() for a in answers) else ()
-
-
-def _read_exactly_published(text: str, card: Dataset) -> Parsed | None:
-    """What an output says that has the very form of the paper's targets, else None."""
-    start, middle, end, last = map(re.escape, published_parts(card))
-    match = re.fullmatch(f"{start}(.*?){middle}(.+){end}(.*?){last}", text, re.DOTALL)
-    answers = _read_published_answers(match[3] if match else text, card)
-    if not answers:
-        return None
-    if match is None:
-        return Parsed(trace=None, answers=answers, layout="none")
-    label, cited, facts = match[1], match[2], _python_list(match[2])
-    if label not in card.labels or (cited.startswith("[") and not facts):
-        return None
-    trace = Trace(label=label, facts=facts, text=None if facts else cited)
-    seen = Trace(label=label, facts=facts or (cited,))
-    return Parsed(trace=trace, answers=answers, layout="before", reading=seen)
-
-
-def _parse_published(text: str, card: Dataset) -> Parsed:
-    """Read an output of the protocol `published`.
-
-    The authors' outputs begin as a chat template does, and their lists hold bare apostrophes.
-    """
-    plain = re.sub(r"\A\s{0,9}assistant\s{0,9}\n(<think>\n\n(</think>\s\s)?)?", "", text)
-    plain = re.sub(r"(?<=\w)'(?=\s?\w)", r"\\'", plain)
-    exact = _read_exactly_published(text[:LONGEST], card)
-    return exact or _read_leniently(plain, card, bare=True)
-
-
-def parse_output(text: str, example: Example, protocol: str = "controlled") -> Parsed:
-    """Read what a student wrote; never raises, whatever the text.
-
-    Text in the grammar of `render_target` gives back the very trace and answers; anything else is
-    read leniently, each departure listed. Of the example only its dataset is used, never its gold.
-    """
-    check_protocol(protocol)
-    card = dataset(example.dataset)
-    if protocol == "published":
-        return _parse_published(text, card)
-    for layout, pattern in _STRICT.items():
-        match = pattern.fullmatch(text)
-        if match:
-            return _parse_strictly(match, layout, card)
-    return _read_leniently(text, card)
-
-
-def _parse_strictly(match: re.Match, layout: str, card: Dataset) -> Parsed:
-    """An output whose tags are those of the grammar; its trace may still be free text."""
-    answers, problems = None, ["no answer"]
-    if match["answer"].strip("; "):
-        answers, problems = tuple(map(unescape, match["answer"].split("; "))), []
-    trace = reading = None
-    if layout != "none":
-        content = _CONTENT.fullmatch(match["trace"])
-        trace = Trace(text=unescape(match["trace"]))
-        if content:
-            facts = tuple(map(unescape, content[2].split("\n- ")[1:]))
-            trace = Trace(label=unescape(content[1]), facts=facts)
-        if not content:
-            problems.append("no list of facts")
-        elif trace.label not in card.labels:
-            problems.insert(0, "label unknown")
-        if not content or trace.label not in card.labels:
-            reading = _read_leniently(match[0], card).trace
-    return Parsed(
-        trace=trace, answers=answers, layout=layout, problems=tuple(problems), reading=reading
-    )
-
-
-# ----------------------------------------------------------------------------------- scores
-NEGATIONS = ("no", "not", "never", "none")
-TRACE_SCORES = (
-    "label_ok",
-    "facts_precision",
-    "facts_recall",
-    "facts_ok",
-    "trace_ok",
-    "trace_ok_strict",
-    "quadrant",
-    "trace_words",
-    "answer_in_trace",
-)
-
-
-def match_fact(text: str, facts: set[str]) -> str:
-    """Normal form of the fact of a story that a cited fact stands for, else its own.
-
-    `facts` are normalised. It stands for the only fact that it equals but for one missing word,
-    which must not be a negation; with a changed word it is another fact.
-    """
-    key = normalise(text)
-    words = key.split()
-    if key in facts or len(words) < 2:
-        return key
-    near = []
-    for fact in facts:
-        full = fact.split()
-        missing = [i for i, _ in enumerate(full) if full[:i] + full[i + 1 :] == words]
-        if any(full[i] not in NEGATIONS for i in missing):
-            near.append(fact)
-    return near[0] if len(near) == 1 else key
-
-
-def token_f1(predicted: str, gold: str) -> float:
-    """Harmonic mean of token precision and recall, 0 to 1 (SQuAD, Rajpurkar 2016)."""
-    first, second = normalise(predicted).split(), normalise(gold).split()
-    common = sum((Counter(first) & Counter(second)).values())
-    return 2 * common / (len(first) + len(second)) if common else 0.0
-
-
-def _score_answers(answers: tuple[str, ...], example: Example) -> dict:
-    """Are the answers right (as a set, or close enough to one of the alternatives)?"""
-    card = dataset(example.dataset)
-    if card.answers == "any":
-        said = "; ".join(answers)
-        f1 = max(token_f1(said, gold) for gold in example.answers)
-        exact = normalise(said) in map(normalise, example.answers)
-        return {"answer_ok": f1 >= 0.5, "answer_exact": exact, "answer_f1": f1}
-    again = read_answers("; ".join(answers), card) or ()
-    readings = ({normalise(a) for a in answers}, {normalise(a) for a in again})
-    right = {normalise(a) for a in example.answers} in readings
-    f1 = 1.0 if right else token_f1(" ".join(answers), " ".join(example.answers))
-    return {"answer_ok": right, "answer_exact": right, "answer_f1": f1}
-
-
-def _score_trace(parsed: Parsed, example: Example) -> dict:
-    """Label and facts of a trace against the item's own gold; a lack is wrong."""
-    trace = parsed.reading or parsed.trace or Trace()
-    gold = {normalise(f) for f in example.gold_facts}
-    copied = set(trace.facts) <= set(example.facts)  # then no other fact is looked at
-    story = set() if copied else {normalise(f) for f in example.facts}
-    cited = {match_fact(f, story) for f in trace.facts}
-    label_ok = bool(trace.label) and label_key(trace.label) == label_key(example.label)
-    facts_ok = parsed.trace is not None and cited == gold
-    same_facts = set(trace.facts) == set(example.gold_facts)
-    return {
-        "label_ok": label_ok,
-        "facts_precision": len(cited & gold) / len(cited) if cited else 0.0,
-        "facts_recall": len(cited & gold) / len(gold) if gold else None,
-        "facts_ok": facts_ok,
-        "trace_ok": label_ok and facts_ok,
-        "trace_ok_strict": same_facts and trace.label == example.label,
-    }
-
-
-def score(
-    parsed: Parsed, example: Example, layout: str | None = None, has_facts: bool = True
-) -> dict:
-    """Score trace and answer of one output separately, each against the item's own gold.
-
-    Fields in `_strict` come from the strict reading, the others from the lenient one. `layout`:
-    where the condition puts the trace (None: as found). With `none`, or without `has_facts` (the
-    condition has no list of facts by design), trace scores are None; else a lack is wrong.
-    """
-    layout = layout or parsed.layout
-    in_form = not parsed.problems and parsed.layout == layout
-    row = {"parsed_ok": in_form, "answer_ok": False, "answer_exact": False, "answer_f1": 0.0}
-    if parsed.answers:
-        row |= _score_answers(parsed.answers, example)
-    row |= {"answer_ok_strict": row["answer_ok"] and in_form, "problems": list(parsed.problems)}
-    row |= dict.fromkeys(TRACE_SCORES)
-    if layout == "none":
-        return row
-    trace = parsed.reading or parsed.trace or Trace()
-    text = " ".join((trace.label, *trace.facts))
-    if parsed.trace and parsed.trace.text is not None:
-        text = parsed.trace.text
-    words = normalise(text)
-    row["trace_words"] = len(words.split())
-    if parsed.answers and parsed.trace:
-        held = [f" {normalise(a)} " in f" {words} " for a in parsed.answers]
-        row["answer_in_trace"] = all(held)
-    if has_facts:
-        row |= _score_trace(parsed, example)
-        row["trace_ok_strict"] = row["trace_ok_strict"] and in_form
-        row["quadrant"] = quadrant(row["trace_ok"], row["answer_ok"])
-    return row
-
-
-def quadrant(trace_ok: bool, answer_ok: bool) -> str:
-    """TP, FP, FN or TN: T where trace and answer agree, P where the answer is right (paper)."""
-    if trace_ok:
-        return "TP" if answer_ok else "FN"
-    return "FP" if answer_ok else "TN"
-
-
 # ------------------------------------------------------------------------------- statistics
-def quadrants(frame: pd.DataFrame) -> dict[str, int] | None:
-    """Counts of TP, FP, FN and TN over the boolean columns `trace_ok` and `answer_ok`.
-
-    None where there is no trace to score.
-    """
-    if len(frame) == 0 or frame["trace_ok"].isna().any():
-        return None
-    found = Counter(map(quadrant, frame["trace_ok"], frame["answer_ok"]))
-    return {name: found[name] for name in ("TP", "FP", "FN", "TN")}
 
 
 def estimate(
@@ -1092,115 +713,6 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def load_student(
-    name: str, quantize: Any = True, adapter: str | Path | None = None, dtype: str = "auto"
-) -> tuple:
-    """Return (model, tokenizer) of a student on the resolved device. Safetensors only.
-
-    `quantize`: True for linear layers in NF4 with double quantisation (QLoRA, Dettmers 2023), or a
-    `BitsAndBytesConfig`. `adapter` is merged into the dequantised base, as merging into 4 bits
-    would round twice.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
-    where, choice = student_folder(name), resolve_device(dtype)
-    tokenizer = AutoTokenizer.from_pretrained(where)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    if quantize is True:
-        quantize = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=choice["dtype"],
-        )
-    model = AutoModelForCausalLM.from_pretrained(
-        where,
-        dtype=choice["dtype"],
-        use_safetensors=True,
-        device_map={"": choice["device"]},
-        quantization_config=quantize or None,
-        attn_implementation="sdpa",
-    )
-    if adapter is not None:
-        from peft import PeftModel
-
-        model = model.dequantize(choice["dtype"]) if quantize else model
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    return model.eval(), tokenizer
-
-
-def encode_prompt(tokenizer, prompt: str, chat: bool = False, system: str = "") -> list[int]:
-    """Token ids of a prompt; with `chat` in the student's chat template, after `system`."""
-    if chat:  # a date is given, as Llama's template would write today's
-        messages = [{"role": "user", "content": prompt}]
-        if system:
-            messages.insert(0, {"role": "system", "content": system})
-        options = {"date_string": "26 Jul 2024", "tokenize": False, "add_generation_prompt": True}
-        prompt = tokenizer.apply_chat_template(messages, **options)
-    return tokenizer(prompt, add_special_tokens=not chat).input_ids
-
-
-def encode_row(
-    tokenizer, prompt: str, target: str, chat: bool = False, system: str = ""
-) -> tuple[list[int], list[int]]:
-    """(ids, mask) of prompt, target and the token that ends it; the mask is 1 in the completion.
-
-    The target is written behind the template's opening, since Qwen3's template would put an empty
-    <think></think> before it.
-    """
-    ids = encode_prompt(tokenizer, prompt, chat, system)
-    completion = tokenizer(target, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-    return ids + completion, [0] * len(ids) + [1] * len(completion)
-
-
-def end_tokens(model, tokenizer) -> set[int]:
-    """Ids of the tokens that end an output."""
-    return {tokenizer.eos_token_id, *np.ravel(model.generation_config.eos_token_id)} - {None}
-
-
-def generate(
-    model,
-    tokenizer,
-    prompts: list[list[int]],
-    *,
-    max_new_tokens: int = 128,
-    batch_size: int = 32,
-    seeds: list[int] | None = None,
-    on_batch: Callable = lambda indices, completions: None,
-) -> list[list[int]]:
-    """Greedy completions of tokenised prompts: ids without the end token or padding.
-
-    Prompts are batched by length, `on_batch(indices, completions)` is called after each batch.
-    With `seeds` (one a prompt) each is sampled alone under the student's own settings.
-    """
-    import torch
-
-    stops, done = end_tokens(model, tokenizer), {}
-    options = {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": bool(seeds),
-        "cache_implementation": "static",
-        "prefill_chunk_size": 128,  # less memory is copied
-        "eos_token_id": sorted(stops),
-        "pad_token_id": tokenizer.pad_token_id,
-        "disable_compile": True,
-    }
-    size = 1 if seeds else batch_size
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    for start in range(0, len(order), size):
-        chunk = order[start : start + size]
-        if seeds:
-            torch.manual_seed(seeds[chunk[0]])
-        ids = {"input_ids": [prompts[i] for i in chunk]}
-        batch = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(model.device)
-        out = model.generate(**batch, **options)
-        for i, row in zip(chunk, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-            end = min((row.index(stop) for stop in stops if stop in row), default=len(row))
-            done[i] = row[:end]
-        on_batch(chunk, [done[i] for i in chunk])
-    return [done[i] for i in range(len(prompts))]
-
-
 # ------------------------------------------------------------------------------- parameters
 PROTOCOLS = ("controlled", "published")
 UNTRAINED = ("direct", "direct_few_shot")  # conditions whose student is not trained
@@ -1292,22 +804,48 @@ def _run_lesson(changed: int, name: str, parameters: tuple) -> SimpleNamespace:
     return SimpleNamespace(**names)
 
 
-# code that stands where it is taught: `tk.finetune` is the function `finetune` of the notebook
+# code that stands where it is taught: `tk.score` is the function `score` of 30_read_outputs
 TAUGHT_IN = {
-    **dict.fromkeys(("finetune", "collate", "training_order"), "03_finetune_student"),
-    **dict.fromkeys(("progress_callback", "speed_up_lora"), "03_finetune_student"),
-    "last_checkpoint": "03_finetune_student",
-    **dict.fromkeys(("disconnect_statistics", "phi_coefficient"), "05_analyse_disconnect"),
-    "stratified_association": "05_analyse_disconnect",
-    **dict.fromkeys(("released_extract", "released_score"), "09_reaudit_published"),
+    "03_finetune_student": (
+        "collate",
+        "training_order",
+        "progress_callback",
+        "last_checkpoint",
+        "speed_up_lora",
+        "finetune",
+    ),
+    "05_analyse_disconnect": (
+        "phi_coefficient",
+        "stratified_association",
+        "disconnect_statistics",
+    ),
+    "09_reaudit_published": ("released_extract", "released_score"),
+    "30_read_outputs": (
+        "parse_output",
+        "read_answers",
+        "match_fact",
+        "token_f1",
+        "score",
+        "quadrant",
+        "quadrants",
+    ),
+    "31_run_students": (
+        "load_student",
+        "encode_prompt",
+        "encode_row",
+        "end_tokens",
+        "generate",
+    ),
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Functions of the public surface that stand in the notebook that teaches them."""
-    if name not in TAUGHT_IN:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(lesson(TAUGHT_IN[name]), name)
+    """Names of the public surface that stand in the notebook that teaches them."""
+    for notebook, names in TAUGHT_IN.items():
+        if name in names:
+            globals()[name] = getattr(lesson(notebook), name)  # looked up once
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _read_bool(value: Any) -> Any:
