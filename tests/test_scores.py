@@ -314,8 +314,31 @@ def test_speed_of_parsing_and_scoring(corrupter, microworld, record_property):
         ("<think>no answer before</think>", "after", 0),
     ],
 )
-def test_tokens_of_a_trace_leave_out_an_answer_before_it(text, layout, expected, monkeypatch):
-    student = notebook_functions("03_finetune_student")
+def test_tokens_of_a_trace_leave_out_an_answer_before_it(text, layout, expected):
+    trace_tokens = notebook_functions("04_score_outputs").trace_tokens
     letters = SimpleNamespace(decode="".join)  # a token is a letter
-    monkeypatch.setitem(student.trace_tokens.__globals__, "tokenizer", letters)
-    assert student.trace_tokens(list(text), layout) == expected
+    assert trace_tokens(letters, list(text), layout) == expected
+
+
+def test_a_condition_without_facts_has_no_trace_scores(example):
+    text = tk.render_target(example, tk.Trace(text="... ... ..."))
+    row = tk.score(tk.parse_output(text, example), example, "before", has_facts=False)
+    described = ("trace_words", "answer_in_trace")
+    nulled = [field for field in TRACE_FIELDS if field not in described]
+    assert {row[field] for field in (*nulled, "quadrant")} == {None}
+    assert picked(row, described) == {"trace_words": 0, "answer_in_trace": False}
+    assert row["answer_ok"] is True
+
+
+@pytest.mark.parametrize(
+    "facts, answers, expected",
+    [
+        (GOLD, ("kitchen",), "TP"),
+        ((WRONG,), ("kitchen",), "FP"),
+        (GOLD, ("garden",), "FN"),
+        ((WRONG,), ("garden",), "TN"),
+    ],
+)
+def test_quadrant_names_trace_and_answer(example, facts, answers, expected):
+    row = score(example, facts=facts, answers=answers)
+    assert row["quadrant"] == expected == tk.quadrant(row["trace_ok"], row["answer_ok"])
