@@ -814,11 +814,7 @@ TAUGHT_IN = {
         "speed_up_lora",
         "finetune",
     ),
-    "05_analyse_disconnect": (
-        "phi_coefficient",
-        "stratified_association",
-        "disconnect_statistics",
-    ),
+    "05_analyse_disconnect": ("phi_coefficient", "stratified_association", "disconnect_statistics"),
     "09_reaudit_published": ("released_extract", "released_score"),
     "30_read_outputs": (
         "parse_output",
@@ -829,13 +825,7 @@ TAUGHT_IN = {
         "quadrant",
         "quadrants",
     ),
-    "31_run_students": (
-        "load_student",
-        "encode_prompt",
-        "encode_row",
-        "end_tokens",
-        "generate",
-    ),
+    "31_run_students": ("load_student", "encode_prompt", "encode_row", "end_tokens", "generate"),
 }
 
 
