@@ -105,10 +105,7 @@ def dataset_names() -> list[str]:
 
 
 def dataset(name: str) -> Dataset:
-    """Card of a dataset: data/interim/<name>/card.toml, else its entry in data/datasets.toml.
-
-    ValueError names the file, the entry, the field and what is allowed there.
-    """
+    """Card of a dataset: data/interim/<name>/card.toml, else its entry in data/datasets.toml."""
     own = INTERIM / name / "card.toml"
     path = own if own.exists() else CARDS
     return _read_card(path, name, path.stat().st_mtime_ns)
@@ -290,10 +287,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
 
 
 def write_parquet(path: str | Path, rows: list[dict], types: dict[str, str] | None = None) -> Path:
-    """Write rows as Parquet (zstd), all or nothing.
-
-    `types` names the Arrow type of columns that may be null in every row.
-    """
+    """Write rows as Parquet (zstd); `types`: Arrow types of columns that may be all null."""
     import pyarrow
     import pyarrow.parquet
 
@@ -879,6 +873,14 @@ def _complain(notebook: str, error: dict) -> None:
     )
 
 
+def _given_names(values: dict[str, Any]) -> set[str]:
+    """Names that were passed; in a kernel those in papermill's injected cell."""
+    if not isinstance(values.get("In"), list):
+        return {name for name in values if not name.startswith("_")}
+    cells = [ast.parse(cell).body for cell in values["In"] if cell.startswith("# Parameters")]
+    return {name for cell in cells for name in _assigned(cell)}
+
+
 def _check_meaning(values: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Check parameters that mean the same in every notebook; an empty default is allowed."""
     given = {name: value for name, value in values.items() if value or defaults[name]}
@@ -904,12 +906,8 @@ def check_parameters(notebook: str, values: dict[str, Any]) -> dict[str, Any]:
     from pydantic import ValidationError
 
     defaults = notebook_defaults(notebook)
-    given = {name for name in values if not name.startswith("_")}
-    if isinstance(values.get("In"), list):  # in a kernel: the names in papermill's injected cell
-        injected = [cell for cell in values["In"] if cell.startswith("# Parameters")]
-        given = {name for cell in injected for name in _assigned(ast.parse(cell).body)}
+    names = _given_names(values) | (defaults.keys() & values.keys())
     try:
-        names = given | (defaults.keys() & values.keys())
         resolved = _validate(notebook, {name: values[name] for name in names})
     except ValidationError as error:
         return _complain(notebook, error.errors()[0])
@@ -1060,30 +1058,31 @@ class StoredRun:
         return pd.read_csv(path) if path.exists() else None
 
 
-def _name_arm(parameters: dict[str, Any], varying: Iterable[str]) -> str:
-    """Name of an arm: condition, dose if it is not 1, and whatever else varies in the study."""
-    dose = "" if parameters["dose"] == 1 else f", {parameters['dose']:.0%} of rows"
-    more = [str(parameters[key]).rpartition("/")[2] for key in varying]
-    return parameters["condition"] + dose + "".join(f", {m}" for m in more if m != "controlled")
+def _read_run(path: Path) -> StoredRun:
+    metrics = read_json(path)
+    p = metrics["parameters"]
+    known = {name: p[name] for name in ("condition", "seed", "dose")}
+    return StoredRun(folder=path.parent, metrics=metrics, parameters=p, **known)
+
+
+def _name_arm(p: dict[str, Any], others: list[dict[str, Any]]) -> str:
+    """Name of an arm: condition, dose if it is not 1, and what else varies in the study."""
+    name = p["condition"] if p["dose"] == 1 else f"{p['condition']}, {p['dose']:.0%} of rows"
+    for key in ("student", "protocol"):
+        if p[key] != "controlled" and len({other[key] for other in others}) > 1:
+            name += f", {p[key].rpartition('/')[2]}"
+    return name
 
 
 def study_runs(study: str) -> list[StoredRun]:
     """Scored runs of a study, in the order of the registry of conditions, doses and seeds."""
-    folder, runs = RESULTS / study, []
-    for path in sorted(folder.glob("*/metrics.json")):
-        metrics = read_json(path)
-        p = metrics["parameters"]
-        known = {name: p[name] for name in ("condition", "seed", "dose")}
-        runs.append(StoredRun(folder=path.parent, metrics=metrics, parameters=p, **known))
+    folder = RESULTS / study
+    runs = [_read_run(path) for path in sorted(folder.glob("*/metrics.json"))]
     if not runs:
         raise FileNotFoundError(f"{folder} holds no run; run 00_run_study with study={study}")
     claim_study(study, runs[0].parameters["dataset"])
-    varying = []
-    for key in ("student", "protocol"):
-        if len({run.parameters[key] for run in runs}) > 1:
-            varying.append(key)
     for run in runs:
-        run.arm = _name_arm(run.parameters, varying)
+        run.arm = _name_arm(run.parameters, [other.parameters for other in runs])
     order = [*conditions(), *(run.condition for run in runs)]  # those of nobody's registry last
     runs.sort(key=lambda run: (order.index(run.condition), run.dose, run.arm, run.seed))
     twice = [key for key, n in Counter((run.arm, run.seed) for run in runs).items() if n > 1]
