@@ -1,4 +1,4 @@
-"""Calibration: array statistics are the helper's, students are wired as they say."""
+"""Calibration: it calls the functions of 05 and 06, and students are wired as they say."""
 
 import dataclasses
 import json
@@ -7,17 +7,16 @@ import re
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pytest
 from conftest import make_workspace, notebook_functions, papermill
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 import tracekd_utils as tk
 
 NAME = "07_calibrate_instrument"
-counts = st.lists(st.integers(0, 60), min_size=4, max_size=4).map(np.array)
+counts = st.lists(st.integers(0, 60), min_size=4, max_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -30,83 +29,68 @@ def items(nb):
     return [nb.make_item(i, 3) for i in range(240)]
 
 
-def frame(cells, label="a"):
-    """One row an item, TP, FP, FN, TN."""
-    return pd.DataFrame(
-        {
-            "trace_ok": np.repeat([True, False, True, False], cells),
-            "answer_ok": np.repeat([True, True, False, False], cells),
-            "label": label,
-        }
-    )
-
-
 @settings(max_examples=30)
-@given(counts.filter(lambda c: c.sum() > 0))
-def test_array_statistics_are_those_of_the_helper(cells):
+@given(counts.filter(lambda c: sum(c) > 0))
+def test_a_study_is_read_by_the_function_of_05(cells):
     nb = notebook_functions(NAME)
-    whole, degenerate = nb.split_degenerate(cells[None])
-    helper = tk.disconnect_statistics(frame(cells))
-    assert len(whole) + degenerate == 1
-    assert (helper["test"]["p"] is None) is bool(degenerate)
-    if degenerate:
-        return
-    p, fisher = nb.table_test(whole)
-    assert p[0] == pytest.approx(helper["test"]["p"], rel=1e-9)
-    assert fisher[0] == (helper["test"]["name"] == "Fisher exact")
-    ours = nb.formula_intervals(whole) | {"phi": nb.phi_interval(whole)}
+    found = tk.disconnect_statistics(nb.frame_of(cells))
+    assert found["quadrants"] == dict(zip(("TP", "FP", "FN", "TN"), cells, strict=True))
+    read = nb.read_study(*cells)
+    assert (read["p"], read["test"]) == (found["test"]["p"], found["test"]["name"])
     for name, theirs in (
-        ("difference", helper["difference"]),
-        ("odds ratio", helper["odds_ratio"]),
-        ("phi", helper["phi"]),
-        ("share of answers", tk.proportion(int(cells[:2].sum()), int(cells.sum()))),
-        ("answer given trace right", helper["answer_given_trace_ok"]),
-        ("answer given trace wrong", helper["answer_given_trace_wrong"]),
+        ("difference", found["difference"]),
+        ("odds ratio", found["odds_ratio"]),
+        ("phi", found["phi"]),
+        ("share of answers", tk.proportion(sum(cells[:2]), sum(cells))),
+        ("answer given trace right", found["answer_given_trace_ok"]),
+        ("answer given trace wrong", found["answer_given_trace_wrong"]),
     ):
-        low, high = (end[0] for end in ours[name])
-        assert (low, high) == pytest.approx((theirs["low"], theirs["high"]), rel=1e-9, abs=1e-12), (
-            name
-        )
+        assert (read[f"{name}, low"], read[f"{name}, high"]) == (theirs["low"], theirs["high"])
 
 
-@settings(max_examples=40)
-@given(st.lists(counts.filter(lambda c: c.sum() > 1), min_size=1, max_size=4))
-def test_stratified_p_is_that_of_the_helper(strata):
-    nb = notebook_functions(NAME)
-    helper = tk.disconnect_statistics(
-        pd.concat([frame(c, label=str(k)) for k, c in enumerate(strata)])
-    )["by_label"]
-    p = nb.stratified_test(np.array(strata)[None])[0]
-    assert math.isnan(p) if helper["p"] is None else p == pytest.approx(helper["p"])
+def test_the_order_of_items_does_not_matter(nb):
+    """Counting a table once is right only if its statistics depend on the counts alone."""
+    frame = nb.frame_of([30, 12, 9, 25])
+    mixed = frame.sample(frac=1, random_state=1)
+    assert tk.disconnect_statistics(mixed) == tk.disconnect_statistics(frame)
+
+
+def test_studies_without_a_test_are_counted_apart(nb):
+    rng = np.random.default_rng(0)
+    studies, empty = nb.read_studies(rng, 8, [0.1, 0.3, 0.1, 0.5], 60)
+    assert len(studies) + empty == 60 and 0 < empty < 60
+    assert studies["p"].notna().all() and studies["phi, low"].notna().all()
+    assert all(sum(table) == 8 for table in studies["table"])
 
 
 @settings(max_examples=40)
 @given(st.integers(0, 40), st.integers(0, 40))
-def test_paired_statistics_are_those_of_helper_and_scipy(b, c):
+def test_two_students_are_compared_by_the_function_of_05_and_06(b, c):
     nb = notebook_functions(NAME)
-    first, second = np.repeat([[1, 0], [0, 1], [1, 1]], [b, c, 9], axis=0).T
-    assert nb.paired_test(np.array([b]), np.array([c]))[0] == pytest.approx(
-        tk.mcnemar_midp(first, second)["p"]
-    )
-    low, high = nb.paired_interval(np.array([b]), np.array([c]), b + c + 9)
-    if b + c:
-        assert (low[0], high[0]) == pytest.approx(
-            tuple(stats.ttest_1samp(first - second, 0).confidence_interval())
-        )
-    one = nb.paired_difference(first, second)
-    assert one["estimate"] == pytest.approx((b - c) / (b + c + 9))
-    assert one["low"] == pytest.approx(low[0])
+    found = nb.read_pair(b, c, b + c + 9)
+    assert (found["only_first"], found["only_second"]) == (b, c)
+    assert found["p"] == tk.mcnemar_midp(b, c)
+    assert found["estimate"] == pytest.approx((b - c) / (b + c + 9))
 
 
-def test_the_bootstrap_of_counts_is_that_of_items(nb):
-    """Drawing counts and resampling items agree up to the noise of the draws."""
-    b, c, rest = 40, 15, 145
-    d = np.repeat([1.0, -1.0, 0.0], [b, c, rest])
-    reference = stats.bootstrap(
-        (d,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1)
-    ).confidence_interval
-    low, high = nb.paired_bootstrap(np.array([[b, c, rest]] * 2))
-    assert low[0] == low[1] and (low[0], high[0]) == pytest.approx(tuple(reference), abs=0.01)
+def test_strata_are_unrelated_within_labels_only(nb):
+    frame = nb.draw_strata(np.random.default_rng(2), 2000)
+    assert frame["label"].value_counts().tolist() == [2000] * 6
+    assert tk.stratified_association(frame)["strata"] == 6
+    assert tk.disconnect_statistics(frame)["test"]["p"] < 1e-6
+    assert tk.stratified_association(frame)["odds_ratio"] == pytest.approx(1, abs=0.2)
+
+
+def test_holm_takes_the_smallest_corrected_p(nb, monkeypatch):
+    """Its first step is what statsmodels gives for the smallest of the six."""
+    seen = []
+    p_of = tk.mcnemar_midp
+    monkeypatch.setattr(tk, "mcnemar_midp", lambda b, c: seen.append(p_of(b, c)) or seen[-1])
+    for seed in range(20):
+        seen.clear()
+        smallest = nb.holm_study(np.random.default_rng(seed), n=60)
+        assert len(seen) == 6
+        assert smallest == pytest.approx(multipletests(seen, method="holm")[1].min())
 
 
 def test_cell_shares_have_the_shares_and_the_phi_asked_for(nb):
@@ -128,9 +112,9 @@ def test_cell_shares_have_the_shares_and_the_phi_asked_for(nb):
 
 def test_half_added_widens_the_interval_of_an_empty_cell(nb):
     """A table without errors once had the interval [1, 1]."""
-    low, high = nb.phi_interval(np.array([[30, 0, 0, 30]]))
-    assert 0.8 < low[0] < 1 and high[0] == 1
-    assert nb.plain_interval(np.array([[30, 0, 0, 30]])).ravel().tolist() == [1, 1]
+    read = nb.read_study(30, 0, 0, 30)
+    assert 0.8 < read["phi, low"] < 1 and read["phi, high"] == 1
+    assert nb.plain_interval([30, 0, 0, 30]) == {"plain, low": 1, "plain, high": 1}
 
 
 def test_items_can_be_read_off_their_gold_facts(nb, items):
@@ -138,25 +122,26 @@ def test_items_can_be_read_off_their_gold_facts(nb, items):
         e = tk.check_example(i.example, "here")
         assert len(set(e.facts)) == 8 and not set(i.wrong) & set(e.gold_facts)
         assert nb.read_off(e.gold_facts, i) == e.answers[0]
-        assert nb.read_off(i.planted, i) == i.plant != e.answers[0]
+        planted = nb.cited(i, nb.WIRINGS["common cause"], "planted")
+        assert nb.read_off(planted, i) == i.plant != e.answers[0]
         assert i.guess != e.answers[0] and set(i.chance) <= set(e.facts)
     assert {i.example.label for i in items} == set(nb.ASKS)
 
 
 def test_a_copying_student_follows_and_an_ignoring_one_does_not(nb, items):
-    copies = nb.Wiring((0.5, 0.5), (0.5, 0.5), copies=1.0)
-    ignores = nb.Wiring((0.5, 0.5), (0.5, 0.5))
+    half = {"easy": 0.5, "hard": 0.5}
+    copies, ignores = nb.Wiring(half, half, copies=1.0), nb.Wiring(half, half)
     copied, ignored = nb.measure(items, copies), nb.measure(items, ignores)
     assert copied["follow"]["estimate"] == 1 and copied["effect"]["estimate"] < -0.8
     # what an ignoring student says under a plant is its own answer, letter for letter
     assert ignored["flip"]["estimate"] == 0 == ignored["effect"]["estimate"]
     assert ignored["follow"]["estimate"] == pytest.approx(
-        sum(i.guess == i.plant and i.u[2] >= 0.5 for i in items) / len(items)
+        sum(i.guess == i.plant and i.for_insight >= 0.5 for i in items) / len(items)
     )
     assert (
         copied["trace_ok"]
         == ignored["trace_ok"]
-        == tk.proportion(sum(i.u[0] < 0.5 for i in items), len(items))
+        == tk.proportion(sum(i.for_trace < 0.5 for i in items), len(items))
     )
 
 
@@ -258,19 +243,21 @@ def test_the_notebook_leaves_what_the_contract_promises(nb, simulated):
     workspace = simulated
     result = json.loads((workspace / "data/results/calibration/calibration.json").read_text())
     assert result["n_studies"] == 100
-    rates = [*result["type1"].values(), *result["coverage"].values()]
-    assert all(0 <= r["low"] <= r["rate"] + 1e-9 and r["rate"] <= r["high"] + 1e-9 for r in rates)
-    assert all({"rate", "asymptotic", "min_expected"} <= set(r) for r in result["type1"].values())
-    kinds = {name.split(",")[0] for name in result["type1"]}
+    for r in (*result["type1"], *result["coverage"]):
+        assert r["low"] <= r["estimate"] + 1e-9 and r["estimate"] <= r["high"] + 1e-9
+        assert {"min_expected", "degenerate", "n"} <= set(r)
+    kinds = {r["test"].split(",")[0] for r in result["type1"]}
     assert kinds >= {"chi-square", "Fisher exact", "CMH", "mid-p McNemar"}
-    assert len({c["interval"] for c in result["coverage"].values()}) == 8
+    # 7 intervals; the smallest setting has ten times as many studies
+    assert len({c["interval"] for c in result["coverage"]}) == 7
+    assert {c["n"] for c in result["coverage"] if c["setting"] == "balanced"} == {1000}
     assert [(p["phi"], p["n"]) for p in result["power"]] == [
         (phi, n) for phi in nb.POWER_PHIS for n in nb.POWER_N
     ]
-    assert [v["wiring"] for v in result["verdicts"]] == list(nb.WIRINGS)
-    found = {v["wiring"]: v["found"] for v in result["verdicts"]}
-    assert found["copies the trace"] == "copies the trace"
-    assert found["formats badly"] == "formats badly"
+    assert [list(named) for named in result["verdicts"]] == [list(nb.WIRINGS)]
+    assert result["verdicts"][0]["copies the trace"] == "copies the trace"
+    assert result["verdicts"][0]["formats badly"] == "formats badly"
+    assert set(result["measures"]["common cause"]["effect"]) >= {"estimate", "p", "reason"}
     for name in ("type1", "coverage", "power", "wirings"):
         for kind in ("svg", "png", "csv"):
             assert (workspace / f"figures/calibration/07_{name}.{kind}").stat().st_size
@@ -290,7 +277,10 @@ def test_saved_studies_are_drawn_again_in_the_same_bytes(simulated):
 
 @pytest.mark.parametrize(
     "n, message",
-    [(5, "n_studies.*out of range"), (0, "calibration.json is missing.*n_studies of 100 or more")],
+    [
+        (5, "n_studies = 5.*out of range"),
+        (0, "calibration.json is missing.*n_studies of 100 or more"),
+    ],
 )
 def test_a_wrong_number_of_studies_ends_before_anything_is_simulated(tmp_path, n, message):
     done = papermill(make_workspace(tmp_path / "copy"), NAME, "-p", "n_studies", str(n))
