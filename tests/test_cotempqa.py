@@ -5,7 +5,6 @@ import json
 import random
 from collections import Counter
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 from conftest import notebook_functions, papermill
@@ -18,7 +17,8 @@ ROWS = {"equal": 436, "overlap": 653, "during": 1697, "mix": 563}
 SHARED = "subject or gold fact also in test"
 # measured on the 3,349 rows: 0.9954, 0.9862, 0.9140, 0.9378
 FLOORS = {"equal": 0.995, "overlap": 0.986, "during": 0.913, "mix": 0.937}
-NB = notebook_functions("01_decompose_problems", dataset="cotempqa")
+NB = notebook_functions("11_decompose_cotempqa")
+CARD = tk.dataset("cotempqa")
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +236,7 @@ YEARS, MONTHS = "from 2003 to 2005", "from January, 2003 to June, 2003"
 )
 def test_readings_of_coarse_dates_by_hand(anchor, other, first, whole, coarse):
     one, two = (NB.read_fact(f"Ann attended A {when}.") for when in (anchor, other))
-    for name, kind in zip(NB.READINGS, (first, whole, coarse)):
+    for name, kind in zip(NB.READINGS, (first, whole, coarse), strict=True):
         assert NB.kind_of_time(*NB.READINGS[name](one, two)) == kind, name
 
 
@@ -384,8 +384,7 @@ def test_facts_about_somebody_else_are_remarked_on():
 def test_kinds_of_disagreement_by_hand(facts, answers, kind):
     e = make(facts, answers, label="mix")
     cited = (NB.rule_cotempqa(e.facts, e.question) or (None, ()))[1]
-    row = SimpleNamespace(rule_facts=list(cited), facts_same=set(cited) == set(e.gold_facts))
-    assert NB.kind_of_dates(row, e).startswith(kind)
+    assert NB.kind_of_dates(e, cited).startswith(kind)
 
 
 def test_the_anchors_own_object_is_a_kind_of_disagreement():
@@ -394,8 +393,7 @@ def test_the_anchors_own_object_is_a_kind_of_disagreement():
         question=WHILE_A + "which school was Bob attending concurrently?",
         label="overlap",
     )
-    row = SimpleNamespace(rule_facts=list(FACTS[6:]), facts_same=False)
-    assert NB.kind_of_dates(row, e).startswith("anchor's own object")
+    assert NB.kind_of_dates(e, FACTS[6:]).startswith("anchor's own object")
 
 
 # --------------------------------------------------------------------------------- files
@@ -415,7 +413,7 @@ def question_row(name, *answers, **extra):
 def folder(tmp_path):
     """Four small files: per label a test row and training rows, one of them shared."""
     split = {}
-    for label in tk.LABELS["cotempqa"]:
+    for label in CARD.labels:
         people = [f"{label}{k}" for k in range(4)]
         tk.write_jsonl(
             tmp_path / f"{label}.json",
@@ -434,13 +432,13 @@ def folder(tmp_path):
 def test_ids_splits_and_leaks_by_hand(folder):
     examples, read = NB.read_cotempqa(folder, 0)
     assert read["rows_read"] == {"test": 4, "train": 12}
-    assert read["left_out"] == {SHARED: [f"cotempqa/train/{k}/0002" for k in tk.LABELS["cotempqa"]]}
+    assert read["left_out"] == {SHARED: [f"cotempqa/train/{k}/0002" for k in CARD.labels]}
     assert read["training_rows_that_share_with_test"] == {"subject": 4, "gold fact": 0, "either": 4}
     assert read["remarks"] == {
-        "an answer stands twice": [f"cotempqa/train/{k}/0003" for k in tk.LABELS["cotempqa"]]
+        "an answer stands twice": [f"cotempqa/train/{k}/0003" for k in CARD.labels]
     }
     assert [e.id for e in examples if e.split == "test"] == [
-        f"cotempqa/test/{k}/0000" for k in tk.LABELS["cotempqa"]
+        f"cotempqa/test/{k}/0000" for k in CARD.labels
     ]
     assert all(e.answers == ("X",) for e in examples)
     kept, again = NB.read_cotempqa(folder, 0, keep_overlap=True)
@@ -548,7 +546,7 @@ def test_the_folder_comes_from_the_environment_then_from_raw(folder, tmp_path, m
     monkeypatch.setattr(tk, "RAW", home)
     for value in ("", str(tmp_path / "nothing"), str(home)):
         monkeypatch.setenv("TRACEKD_DATA_DIR", value)
-        assert NB.raw_folder("cotempqa") == home / "cotempqa"
+        assert NB.raw_folder() == home / "cotempqa"
 
 
 @pytest.fixture
@@ -560,11 +558,7 @@ def hub(folder, monkeypatch):
         return folder
 
     monkeypatch.setattr(tk, "fetch", fetch)
-    monkeypatch.setitem(
-        NB.download_cotempqa.__globals__,
-        "COTEMPQA_ROWS",
-        dict.fromkeys(("overlap", "during", "mix", "equal"), 4),
-    )
+    monkeypatch.setitem(CARD.source, "rows", dict.fromkeys(CARD.labels, 4))
     return folder
 
 
@@ -572,18 +566,19 @@ def test_a_download_can_be_read(hub, tmp_path, monkeypatch):
     target = tmp_path / "raw" / "cotempqa"
     monkeypatch.setattr(tk, "RAW", tmp_path / "raw")
     monkeypatch.setenv("TRACEKD_DATA_DIR", "")
-    assert NB.raw_folder("cotempqa") == target
+    assert NB.raw_folder() == target
     test = json.loads((target / "published_test_rows.json").read_text())
-    assert all(len(test[k]) == 1 for k in tk.LABELS["cotempqa"])
+    assert all(len(test[k]) == 1 for k in CARD.labels)
     assert NB.read_cotempqa(target, 0)[1]["rows_read"] == {"test": 4, "train": 12}
 
 
-def test_a_failed_download_says_what_to_do_and_leaves_no_marker(hub, tmp_path):
+def test_a_failed_download_says_what_to_do_and_leaves_no_marker(hub, tmp_path, monkeypatch):
     tk.write_jsonl(hub / "mix.json", [question_row("a", "X")])
-    target = tmp_path / "raw"
+    monkeypatch.setattr(tk, "RAW", tmp_path / "raw")
+    monkeypatch.setenv("TRACEKD_DATA_DIR", "")
     with pytest.raises(RuntimeError, match=r"mix\.json has 1 rows, expected 4.*TRACEKD"):
-        NB.download_cotempqa(target)
-    assert not target.exists()
+        NB.raw_folder()
+    assert not (tmp_path / "raw" / "cotempqa").exists()
 
 
 # ------------------------------------------------------------------------ the real files
@@ -625,8 +620,7 @@ def test_every_disagreement_but_one_has_a_known_kind(rows):
         label, facts, answers = NB.rule_cotempqa(e.facts, e.question) or ("", (), ())
         same = bool(label) and set(facts) == set(e.gold_facts)
         if not (same and label == e.label and set(answers) == set(e.answers)):
-            row = SimpleNamespace(rule_facts=list(facts), facts_same=same)
-            kinds[NB.kind_of_dates(row, e).split(":")[0]] += 1
+            kinds[NB.kind_of_dates(e, facts).split(":")[0]] += 1
     assert sum(kinds.values()) == 192 and kinds["refused"] == 4
     assert kinds["other facts, for no reason found"] == 1, kinds
 
@@ -654,8 +648,8 @@ def test_the_real_examples_hold_their_contract(real):
     assert len(examples) + 4 + len(read["left_out"][SHARED]) == sum(ROWS.values())
     splits = Counter(e.split for e in examples)
     assert splits["test"] == 950
-    assert splits["train"] >= tk.SIZES["cotempqa"]["train"]
-    assert splits["validation"] >= tk.SIZES["cotempqa"]["validation"]
+    assert splits["train"] >= CARD.rows["train"]
+    assert splits["validation"] >= CARD.rows["validation"]
 
 
 def test_no_training_row_shares_a_subject_or_gold_fact_with_a_test_row(real):
@@ -705,10 +699,8 @@ def test_every_trace_of_a_real_example_comes_back_from_its_text(real):
         assert parsed.trace == trace and parsed.answers == e.answers, e.id
 
 
-def test_01_leaves_what_it_promises_for_cotempqa(workspace, data_dir):
-    done = papermill(
-        workspace, "01_decompose_problems", "-p", "dataset", "cotempqa", "-p", "study", "temporal"
-    )
+def test_the_room_leaves_what_it_promises(workspace, data_dir):
+    done = papermill(workspace, "11_decompose_cotempqa", "-p", "study", "temporal")
     assert done.returncode == 0, done.stderr[-3000:]
     examples = tk.read_examples(workspace / "data/interim/cotempqa/examples.jsonl")
     found = json.loads((workspace / "data/results/temporal/decomposition.json").read_text())
@@ -718,3 +710,6 @@ def test_01_leaves_what_it_promises_for_cotempqa(workspace, data_dir):
     ids = [i for part in found["disagreement_kinds"].values() for i in part]
     assert sorted(ids) == sorted(found["disagreements"]) and len(set(ids)) == len(ids)
     assert found["no_rule"] == [] and found["keep_overlap"] is False
+    assert found["parameters"] == {"dataset": "cotempqa", "seed": 0, "keep_overlap": False}
+    assert found["rows_known"] == CARD.source["rows"]
+    assert found["raw_sha256"] == CARD.source["sha256"] and all(found["raw_as_on_card"].values())

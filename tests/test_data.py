@@ -1,24 +1,36 @@
 """The generator, the bAbI files, and files that are broken."""
 
+import hashlib
 import json
+import re
 from collections import Counter
 from dataclasses import asdict, replace
 
+import pandas as pd
 import pytest
-from conftest import ROOT, notebook_functions
+from conftest import ROOT, make_workspace, notebook_functions, papermill
 
 import tracekd_utils as tk
 
 RULED = {"single-supporting-fact", "two-supporting-facts", "counting", "lists-sets", "conjunction"}
 
 
+NAMES = ("microworld", "babi", "babi20")
+LABELS = {name: tk.dataset(name).labels for name in NAMES}
+
+
 @pytest.fixture(scope="module")
 def nb():
-    return notebook_functions("01_decompose_problems")
+    return notebook_functions("01_decompose_microworld")
+
+
+@pytest.fixture(scope="module")
+def room():
+    return notebook_functions("10_decompose_babi")
 
 
 def test_microworld_stories(corrupter, microworld):
-    assert len(tk.LABELS["microworld"]) >= 5
+    assert len(LABELS["microworld"]) >= 5
     assert {len(e.gold_facts) for e in microworld} == {1, 2, 3}
     for e in microworld:
         tk.check_example(e, "microworld")
@@ -28,7 +40,7 @@ def test_microworld_stories(corrupter, microworld):
 
 
 def test_microworld_is_balanced_and_holds_nothing_twice(microworld):
-    for split, size in zip(tk.SPLITS, (240, 60, 180)):
+    for split, size in zip(tk.SPLITS, (240, 60, 180), strict=True):
         labels = Counter(e.label for e in microworld if e.split == split)
         assert sum(labels.values()) == size and len(labels) == 6
         assert max(labels.values()) - min(labels.values()) <= 1
@@ -37,7 +49,7 @@ def test_microworld_is_balanced_and_holds_nothing_twice(microworld):
 
 
 def test_microworld_answers_are_not_settled_by_the_question_type(microworld):
-    for label in tk.LABELS["microworld"]:
+    for label in LABELS["microworld"]:
         answers = Counter(e.answers for e in microworld if e.label == label)
         assert max(answers.values()) <= 0.6 * sum(answers.values()), label
 
@@ -71,7 +83,7 @@ def test_microworld_prompts_have_60_to_120_tokens(microworld):
     assert min(lengths) >= 60 and max(lengths) <= 120, (min(lengths), max(lengths))
 
 
-def test_babi_has_all_tasks_and_one_question_a_story(nb, babi, data_dir):
+def test_babi_has_all_tasks_and_one_question_a_story(room, babi, data_dir):
     examples, read = babi
     stories, rows = Counter(), Counter()
     for path in (data_dir / "babi/en").glob("qa*.txt"):
@@ -79,7 +91,7 @@ def test_babi_has_all_tasks_and_one_question_a_story(nb, babi, data_dir):
         split = path.stem.rpartition("_")[2]
         stories[split] += sum(line.startswith("1 ") for line in lines)
         rows[split] += sum("\t" in line for line in lines)
-    assert {e.label for e in examples} == set(tk.BABI_TASKS)
+    assert {e.label for e in examples} == set(room.TASKS.values()) == set(LABELS["babi20"])
     assert read["rows_read"] == dict(rows)
     assert read["one_question_a_story"] == sum(stories.values())
     assert len({e.id for e in examples}) == len(examples)
@@ -87,8 +99,8 @@ def test_babi_has_all_tasks_and_one_question_a_story(nb, babi, data_dir):
         tk.check_example(e, "babi")
 
 
-def test_babi_questions_are_drawn_by_the_seed_and_not_the_first(nb, data_dir, babi):
-    again, other = (nb.read_babi(data_dir / "babi/en", "babi20", s)[0] for s in (0, 1))
+def test_babi_questions_are_drawn_by_the_seed_and_not_the_first(room, data_dir, babi):
+    again, other = (room.read_babi(data_dir / "babi/en", "babi20", s)[0] for s in (0, 1))
     assert again == babi[0] and other != babi[0]
     lengths = Counter(len(e.facts) for e in babi[0] if "/qa1/" in e.id)
     assert len(lengths) == 5  # five questions a story, after 2, 4, 6, 8 and 10 sentences
@@ -109,13 +121,13 @@ def test_babi_validation_stands_apart_from_test(babi):
     assert all("/train/" in e.id for e in babi[0] if e.split == "validation")
 
 
-def test_babi_rule_agrees_on_its_five_labels(nb, data_dir):
+def test_babi_rule_agrees_on_its_five_labels(room, data_dir):
     compared, differing = Counter(), []
-    for split, ident, label, questions in nb.babi_stories(data_dir / "babi/en", "babi20"):
+    for _, ident, label, questions in room.babi_stories(data_dir / "babi/en", "babi20"):
         if label not in RULED:
             continue
         for facts, question, answers, gold in questions:
-            found = nb.rule_babi(facts, question)
+            found = room.rule_babi(facts, question)
             compared[label] += 1
             if not found or (found[0], set(found[1]), set(found[2])) != (
                 label,
@@ -130,7 +142,7 @@ def test_babi_rule_agrees_on_its_five_labels(nb, data_dir):
 STORY = "1 Mary went to the kitchen.\n2 John went to the garden.\n3 Where is Mary? \tkitchen\t1\n"
 
 
-def test_babi_file_by_hand(nb, tmp_path):
+def test_babi_file_by_hand(room, tmp_path):
     path = tmp_path / "qa1_x_train.txt"
     path.write_text(
         STORY + "4 Mary took the apple.\n5 Mary took the ball.\n"
@@ -139,21 +151,21 @@ def test_babi_file_by_hand(nb, tmp_path):
     facts = ("Mary went to the kitchen.", "John went to the garden.")
     first = (facts, "Where is Mary?", ("kitchen",), facts[:1])
     took = ("Mary took the apple.", "Mary took the ball.")
-    assert nb.parse_babi(path) == [
+    assert room.parse_babi(path) == [
         [first, (facts + took, "What is Mary carrying?", ("apple", "ball"), took)],
         [first],
     ]
 
 
-def test_a_leak_by_hand_is_left_out(nb, tmp_path):
-    for k, label in enumerate(tk.LABELS["babi"]):
+def test_a_leak_by_hand_is_left_out(room, tmp_path):
+    for k, label in enumerate(LABELS["babi"]):
         for split in ("train", "test"):
-            name = f"qa{tk.BABI_TASKS.index(label) + 1}_{label}_{split}.txt"
+            name = f"qa{room.NUMBER[label]}_{label}_{split}.txt"
             other = STORY.replace("Mary", f"{split}{k}")
             (tmp_path / name).write_text(other + STORY * (k == 3))
-    examples, read = nb.read_babi(tmp_path, "babi", 0)
+    examples, read = room.read_babi(tmp_path, "babi", 0)
     left = [i for ids in read["left_out"].values() for i in ids]
-    assert left == [f"babi/train/qa{tk.BABI_TASKS.index(tk.LABELS['babi'][3]) + 1}/0001"]
+    assert left == [f"babi/train/qa{room.NUMBER[LABELS['babi'][3]]}/0001"]
     assert len(examples) == 2 * 11 + 1
 
 
@@ -179,26 +191,26 @@ def test_a_leak_by_hand_is_left_out(nb, tmp_path):
     ],
     ids=repr,
 )
-def test_a_broken_babi_file_is_named_with_its_line(nb, tmp_path, content, line):
+def test_a_broken_babi_file_is_named_with_its_line(room, tmp_path, content, line):
     path = tmp_path / "qa1_x_train.txt"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"qa1_x_train\.txt.*\b{line}\b"):
-        nb.parse_babi(path)
+        room.parse_babi(path)
 
 
-def test_a_missing_babi_file_is_named(nb, tmp_path):
+def test_a_missing_babi_file_is_named(room, tmp_path):
     with pytest.raises(FileNotFoundError, match="qa1_single-supporting-fact_train.txt"):
-        nb.read_babi(tmp_path, "babi", 0)
+        room.read_babi(tmp_path, "babi", 0)
 
 
-def test_an_empty_data_dir_counts_as_unset(nb, tmp_path, monkeypatch):
+def test_an_empty_data_dir_counts_as_unset(room, tmp_path, monkeypatch):
     folder = tmp_path / "babi/en"
     folder.mkdir(parents=True)
     (folder / "qa1_x_train.txt").write_text(STORY)
     monkeypatch.setattr(tk, "RAW", tmp_path)
     for value in ("", str(tmp_path / "nothing"), str(tmp_path)):
         monkeypatch.setenv("TRACEKD_DATA_DIR", value)
-        assert nb.raw_folder("babi20") == folder
+        assert room.raw_folder() == folder
 
 
 @pytest.mark.parametrize(
@@ -211,7 +223,7 @@ def test_an_empty_data_dir_counts_as_unset(nb, tmp_path, monkeypatch):
         ({"facts": []}, "facts"),
         ({"gold_facts": ["never said"]}, "never said"),
         ({"question": " "}, "question"),
-        ({"dataset": "mars"}, "label"),
+        ({"dataset": "mars"}, "mars"),
         ({"id": "microworld/test/0"}, "microworld/test/0.*twice"),
         ({"label": None}, "None"),
         ({"answers": None}, "answers"),
@@ -295,3 +307,123 @@ def test_a_write_cut_short_by_the_system_leaves_the_old_file(tmp_path, monkeypat
         tk.write_json(path, {"new": 2})
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]
     assert json.loads(path.read_text()) == {"old": 1}
+
+
+# ------------------------------------------------------------------------------- the rooms
+def test_the_room_says_what_the_examples_were_made_from(nb, tmp_path, monkeypatch, microworld):
+    monkeypatch.setattr(tk, "INTERIM", tmp_path / "interim")
+    monkeypatch.setattr(tk, "RESULTS", tmp_path / "results")
+    parameters = {"dataset": "microworld", "study": "s", "seed": 0, "n_test": 180}
+    rows = [nb.compare(e, nb.rule_microworld(e.facts, e.question)) for e in microworld]
+    parts = ["label_same", "facts_same", "answers_same"]
+    found = nb.summarise(microworld, {"left_out": {}}, pd.DataFrame(rows), parts)
+    found |= {"dataset": "microworld", "seed": 0}
+    found |= nb.made_from(microworld, parameters, {"a.txt": "0" * 64})
+    examples, _ = nb.save_decomposition("s", found, microworld)
+    stored = nb.check_study("s", parameters)
+    assert stored == found and stored["parameters"] == {
+        "dataset": "microworld",
+        "seed": 0,
+        "n_test": 180,
+    }
+    assert stored["examples_sha256"] == hashlib.sha256(examples.read_bytes()).hexdigest()
+    assert stored["raw_as_on_card"] == {"a.txt": False} and stored["rows_known"] is None
+    assert nb.check_study("another", {**parameters, "seed": 1}) == {}
+    for name in ("seed", "n_test"):
+        with pytest.raises(
+            ValueError, match=rf"decomposition\.json: .*{name} = .*study=s-{name}-7"
+        ):
+            nb.check_study("s", {**parameters, name: 7})
+
+
+def test_other_examples_do_not_replace_those_of_a_study(nb, tmp_path, monkeypatch, microworld):
+    monkeypatch.setattr(tk, "INTERIM", tmp_path / "interim")
+    monkeypatch.setattr(tk, "RESULTS", tmp_path / "results")
+    parameters = {"dataset": "microworld", "study": "s", "seed": 0}
+    found = {"dataset": "microworld", **nb.made_from(microworld, parameters, {})}
+    paths = nb.save_decomposition("s", found, microworld)
+    before = [path.read_bytes() for path in paths]
+    other = {**found, **nb.made_from(microworld[1:], parameters, {"a.txt": "0" * 64})}
+    with pytest.raises(
+        ValueError, match=r"decomposition\.json: .*other examples.*a\.txt.*study=s-2"
+    ):
+        nb.save_decomposition("s", other, microworld[1:])
+    assert [path.read_bytes() for path in paths] == before
+
+
+def test_a_split_without_a_row_ends_the_run(nb, microworld):
+    train = [e for e in microworld if e.split == "train"]
+    rows = pd.DataFrame([nb.compare(e, None) for e in train])
+    with pytest.raises(ValueError, match="no example in validation, test"):
+        nb.summarise(train, {}, rows, ["label_same"])
+
+
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory):
+    """The repository as it is cloned: with the stored decompositions, without raw data."""
+    folder = make_workspace(tmp_path_factory.mktemp("clone"))
+    for path in (ROOT / "data" / "results").glob("*/decomposition.json"):
+        copy = folder / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True)
+        copy.write_bytes(path.read_bytes())
+    return folder
+
+
+def stored_files(folder):
+    return {p: p.read_bytes() for p in (folder / "data").rglob("*") if p.is_file()}
+
+
+def test_another_seed_leaves_the_committed_study_alone(committed):
+    before = stored_files(committed)
+    done = papermill(committed, "01_decompose_microworld", "-p", "seed", "1")
+    assert done.returncode and re.search(
+        r"ValueError: .*microworld/decomposition\.json: .*seed = 0, asked for is 1; give another",
+        done.stderr,
+    )
+    assert stored_files(committed) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["10_decompose_babi", "11_decompose_cotempqa", "12_decompose_marco"]
+)
+def test_without_raw_files_a_room_shows_what_is_committed(committed, name, monkeypatch):
+    monkeypatch.setenv("TRACEKD_DATA_DIR", "")
+    before = stored_files(committed)
+    done = papermill(committed, name)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert stored_files(committed) == before
+    found = tk.read_json(committed / f"data/results/{name.split('_')[-1]}/decomposition.json")
+    out = json.loads((committed / f"{name}-out.ipynb").read_text())
+    text = json.dumps([c.get("outputs") for c in out["cells"]])
+    assert re.search(r"no raw files, so the stored .* was not fetched: .*TRACEKD_DATA_DIR", text)
+    assert f"{found['kept']} examples are" in text and "Rule and annotation agree" in text
+    assert all(f"{label}" in text for label in found["agreement"])
+    for kind in found.get("disagreement_kinds", {}):
+        assert kind in text
+
+
+def test_without_raw_files_and_stored_counts_a_room_ends_with_advice(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACEKD_DATA_DIR", "")
+    workspace = make_workspace(tmp_path / "clone")
+    done = papermill(workspace, "12_decompose_marco")
+    assert done.returncode and re.search(
+        r"RuntimeError: microsoft/ms_marco at .*is there a network.*TRACEKD_DATA_DIR", done.stderr
+    )
+    assert not list((workspace / "data").glob("*/marco/*"))
+
+
+def test_the_rule_carries_by_hand(nb):
+    facts = (
+        "Mary took the apple.",
+        "Mary went to the garden.",
+        "Mary gave the apple to John.",
+        "John journeyed to the hall.",
+        "John dropped the apple there.",
+    )
+    state = nb.simulate(facts)
+    assert state.handled == {"Mary": [facts[0], facts[2]], "John": [facts[2], facts[4]]}
+    assert state.held == {"Mary": {}, "John": {}}
+    assert nb.rule_place(state, "apple") == ((facts[4], facts[3]), ("hall",))
+    carried = nb.simulate(facts[:4])
+    assert nb.rule_place(carried, "apple") == ((facts[2], facts[3]), ("hall",))
+    assert nb.rule_place(nb.simulate(facts[:1]), "apple") is None  # nobody moved

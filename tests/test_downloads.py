@@ -1,8 +1,8 @@
 """Downloads of datasets and students, against a hub on the loopback.
 
-| case | dataset (through 01) | student (through `load_student`) |
+| case | dataset (through its room) | student (through `load_student`) |
 |---|---|---|
-| success, recorded, no second request | bAbI, CoTempQA, MARCO | pinned, unpinned, gated with a token |
+| success, recorded, asked for once | bAbI, CoTempQA, MARCO | pinned, unpinned, gated, token |
 | cut short, resumed with `Range` | bAbI | – |
 | wrong hash, wrong size | both | hash |
 | 404: repository, commit, file | all | repository |
@@ -34,12 +34,17 @@ from huggingface_hub import constants
 
 import tracekd_utils as tk
 
-NB = notebook_functions("01_decompose_problems")
+ROOMS = {
+    "babi": notebook_functions("10_decompose_babi"),
+    "cotempqa": notebook_functions("11_decompose_cotempqa"),
+    "marco": notebook_functions("12_decompose_marco"),
+}
 LLAMA = "meta-llama/Llama-3.2-1B-Instruct"
-DATASETS = {"babi": NB.BABI, "cotempqa": NB.COTEMPQA, "marco": NB.MARCO}
+SOURCES = {name: tk.dataset(name).source for name in ROOMS}
+DATASETS = {name: (source["hub"], source["commit"]) for name, source in SOURCES.items()}
 BABI, COTEMPQA, MARCO = (f"datasets/{repository}" for repository, _ in DATASETS.values())
 # a short pin is completed from the list of commits: neither the newest nor the first
-COMMITS = ["1" * 40, NB.COTEMPQA[1].ljust(40, "0"), "2" * 40]
+COMMITS = ["1" * 40, SOURCES["cotempqa"]["commit"].ljust(40, "0"), "2" * 40]
 
 
 class Hub:
@@ -241,7 +246,7 @@ def babi(hub, babi_files):
         "en-10k-qa1/test/0000.parquet": b"large",
         "README.md": b"read me",
     }
-    hub.commits[BABI] = [NB.BABI[1]]
+    hub.commits[BABI] = [SOURCES["babi"]["commit"]]
     return hub
 
 
@@ -249,11 +254,12 @@ def babi(hub, babi_files):
 def cotempqa(hub, monkeypatch):
     """The hub with CoTempQA, three rows a file."""
     row = json.dumps({"question": "%s?", "facts": ["F in 1999."], "answer": ["A"]}) + "\n"
-    hub.repositories[COTEMPQA] = {f"{k}.json": 3 * (row % k).encode() for k in NB.COTEMPQA_ROWS}
+    hub.repositories[COTEMPQA] = {
+        f"{k}.json": 3 * (row % k).encode() for k in SOURCES["cotempqa"]["rows"]
+    }
     hub.commits[COTEMPQA] = COMMITS
-    monkeypatch.setitem(
-        NB.raw_folder.__globals__, "COTEMPQA_ROWS", dict.fromkeys(NB.COTEMPQA_ROWS, 3)
-    )
+    source = SOURCES["cotempqa"]
+    monkeypatch.setitem(source, "rows", dict.fromkeys(source["rows"], 3))
     return hub
 
 
@@ -266,10 +272,10 @@ def marco(hub, data_dir):
     buffer = io.BytesIO()
     Dataset.from_list([*map(json.loads, lines[:2] + lines[-2:])]).to_parquet(buffer)
     hub.repositories[MARCO] = {
-        NB.MARCO_PART: buffer.getvalue(),
+        ROOMS["marco"].MARCO_PART: buffer.getvalue(),
         "v2.1/train-00000-of-00007.parquet": b"large",
     }
-    hub.commits[MARCO] = [NB.MARCO[1]]
+    hub.commits[MARCO] = [SOURCES["marco"]["commit"]]
     return hub
 
 
@@ -297,9 +303,9 @@ def nothing_in_raw():
 
 # ------------------------------------------------------------------------------ success
 def test_babi_arrives_once_in_its_official_format(babi):
-    folder = NB.raw_folder("babi")
+    folder = ROOMS["babi"].raw_folder()
     assert folder == tk.RAW / "babi/en" and len(list(folder.iterdir())) == 40
-    assert NB.parse_babi(folder / "qa2_two-supporting-facts_test.txt")[2] == [
+    assert ROOMS["babi"].parse_babi(folder / "qa2_two-supporting-facts_test.txt")[2] == [
         (
             ("Mary went to room 2.", "John took the ball."),
             "Where is Mary?",
@@ -314,11 +320,13 @@ def test_babi_arrives_once_in_its_official_format(babi):
         ),
     ]
     assert not [p for _, p, _ in babi.log if "10k" in p or "README" in p]
-    assert {p.split("/")[4] for _, p, _ in babi.log if "/resolve/" in p} == {NB.BABI[1]}
-    assert (tk.RAW / "hub/dataset--facebook--babi_qa").read_text() == NB.BABI[1]
+    assert {p.split("/")[4] for _, p, _ in babi.log if "/resolve/" in p} == {
+        SOURCES["babi"]["commit"]
+    }
+    assert (tk.RAW / "hub/dataset--facebook--babi_qa").read_text() == SOURCES["babi"]["commit"]
     assert sorted(p.name for p in tk.RAW.iterdir()) == ["babi", "hub"]
     babi.log.clear()
-    assert NB.raw_folder("babi") == folder and babi.log == []
+    assert ROOMS["babi"].raw_folder() == folder and babi.log == []
 
 
 def test_the_real_babi_comes_back_through_the_hubs_table(babi, data_dir):
@@ -330,34 +338,34 @@ def test_the_real_babi_comes_back_through_the_hubs_table(babi, data_dir):
         text, answer, ids = (*text.split("\t"), "", "")[:3]
         stories[-1] = [*stories[-1], (number, text.strip(), answer, ids.split())]
     babi.repositories[BABI]["en-qa8/train/0000.parquet"] = parquet(stories[:-1])
-    found = NB.parse_babi(NB.raw_folder("babi") / name)
-    official = NB.parse_babi(data_dir / "babi/en" / name)
+    found = ROOMS["babi"].parse_babi(ROOMS["babi"].raw_folder() / name)
+    official = ROOMS["babi"].parse_babi(data_dir / "babi/en" / name)
     assert len(found) > 20 and found == official[: len(found)]
 
 
 def test_marco_arrives_once_record_by_record(marco, data_dir):
-    path = NB.raw_folder("marco") / NB.MARCO_FILE
+    path = ROOMS["marco"].raw_folder() / ROOMS["marco"].MARCO_FILE
     real = (data_dir / "msmarco/sample_v2.1.jsonl").read_text().splitlines()
     found = tk.read_jsonl(path)
-    assert path == tk.RAW / "msmarco" / NB.MARCO_FILE
+    assert path == tk.RAW / "msmarco" / ROOMS["marco"].MARCO_FILE
     assert [{k: r[k] for k in found[0]} for r in map(json.loads, real[:2] + real[-2:])] == found
     assert {"query_id", "query_type", "answers", "passages"} <= set(found[0])
     assert not [p for _, p, _ in marco.log if "train" in p]
     marco.log.clear()
-    assert NB.raw_folder("marco") == path.parent and marco.log == []
+    assert ROOMS["marco"].raw_folder() == path.parent and marco.log == []
 
 
 def test_a_short_pin_is_completed_and_recorded(cotempqa, monkeypatch):
-    folder = NB.raw_folder("cotempqa")
+    folder = ROOMS["cotempqa"].raw_folder()
     assert (tk.RAW / "hub/dataset--Warrieryes--CotempQA").read_text() == COMMITS[1]
     assert {p.split("/")[4] for _, p, _ in cotempqa.log if "/resolve/" in p} == {COMMITS[1]}
     test = json.loads((folder / "published_test_rows.json").read_text())
-    assert {k: len(v) for k, v in test.items()} == dict.fromkeys(NB.COTEMPQA_ROWS, 1)
+    assert {k: len(v) for k, v in test.items()} == dict.fromkeys(SOURCES["cotempqa"]["rows"], 1)
     for path in folder.iterdir():
         path.unlink()
     cotempqa.log.clear()  # what the record and the cache hold is not asked for again
     point_at(monkeypatch, cotempqa.url, offline=True)
-    assert NB.raw_folder("cotempqa") == folder and cotempqa.log == []
+    assert ROOMS["cotempqa"].raw_folder() == folder and cotempqa.log == []
 
 
 def test_a_pinned_student_is_fetched_once(student, monkeypatch):
@@ -393,7 +401,7 @@ import tracekd_utils as tk
 from conftest import notebook_functions
 from pathlib import Path
 tk.RAW = Path("raw").resolve()
-print(notebook_functions("01_decompose_problems").raw_folder("babi"))
+print(notebook_functions("10_decompose_babi").raw_folder())
 print(type(tk.load_student("someone/tiny")[0]).__name__)
 """
     done = subprocess.run(
@@ -420,11 +428,11 @@ def test_a_download_that_breaks_off_is_resumed(babi, babi_files, monkeypatch):
     path = "en-qa3/train/0000.parquet"
     babi.cut[path] = 1000
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 200)  # 10 MB: more than the file
-    folder = NB.raw_folder("babi")
+    folder = ROOMS["babi"].raw_folder()
     asked = [r for r in babi.requested("GET") if r[1].endswith(path)]
     assert [r[2] for r in asked] == [None, "bytes=1000-"]
     whole = folder / "qa3_three-supporting-facts_train.txt"
-    assert len(NB.parse_babi(whole)) == 33 and len(babi_files[path]) > 1000
+    assert len(ROOMS["babi"].parse_babi(whole)) == 33 and len(babi_files[path]) > 1000
 
 
 def test_other_bytes_of_a_dataset_are_refused_and_not_kept(babi):
@@ -435,14 +443,14 @@ def test_other_bytes_of_a_dataset_are_refused_and_not_kept(babi):
         with pytest.raises(
             RuntimeError,
             match=(
-                rf"{NB.BABI[0]} at {NB.BABI[1]} .*{path}: {algorithm} is [0-9a-f]+, not "
+                rf"{' at '.join(DATASETS['babi'])} .*{path}: {algorithm} is [0-9a-f]+, not "
                 f"{hashlib.sha256(data).hexdigest()}"
             ),
         ):
-            NB.raw_folder("babi")
+            ROOMS["babi"].raw_folder()
         assert nothing_in_raw()
     babi.sent.clear()
-    assert len(list(NB.raw_folder("babi").iterdir())) == 40
+    assert len(list(ROOMS["babi"].raw_folder().iterdir())) == 40
 
 
 def test_other_bytes_of_a_student_are_refused(student):
@@ -456,15 +464,15 @@ def test_other_bytes_of_a_student_are_refused(student):
 
 def test_a_file_of_another_size_is_refused(cotempqa):
     cotempqa.sent["mix.json"] = cotempqa.repositories[COTEMPQA]["mix.json"][:-40]
-    with pytest.raises(RuntimeError, match=rf"{COMMITS[1]} .*should be of size"):
-        NB.raw_folder("cotempqa")
+    with pytest.raises(RuntimeError, match=rf"{COMMITS[1][:7]}\w* .*should be of size"):
+        ROOMS["cotempqa"].raw_folder()
     assert nothing_in_raw()
 
 
 def test_a_dataset_with_other_rows_leaves_nothing(cotempqa):
     cotempqa.repositories[COTEMPQA]["mix.json"] += b"{}\n"
     with pytest.raises(RuntimeError, match=r"not as expected: .*mix\.json.*TRACEKD_DATA_DIR"):
-        NB.raw_folder("cotempqa")
+        ROOMS["cotempqa"].raw_folder()
     assert not (tk.RAW / "cotempqa").exists()
 
 
@@ -476,14 +484,16 @@ def test_a_table_of_another_form_leaves_nothing(babi, content):
     if not isinstance(content, str):
         pd.DataFrame(content).to_parquet(buffer)
     babi.repositories[BABI]["en-qa20/test/0000.parquet"] = buffer.getvalue()
-    with pytest.raises(RuntimeError, match=f"{NB.BABI[0]} .*not as expected.*TRACEKD_DATA_DIR"):
-        NB.raw_folder("babi")
+    with pytest.raises(
+        RuntimeError, match=f"{DATASETS['babi'][0]} .*not as expected.*TRACEKD_DATA_DIR"
+    ):
+        ROOMS["babi"].raw_folder()
     assert not (tk.RAW / "babi").exists() or not list((tk.RAW / "babi").iterdir())
 
 
 @pytest.mark.parametrize("failing", [1, 20, 40])
 def test_a_write_that_fails_leaves_no_folder(babi, monkeypatch, failing):
-    NB.raw_folder("babi")
+    ROOMS["babi"].raw_folder()
     for path in (tk.RAW / "babi/en").iterdir():
         path.unlink()
     real, count = tk.write_atomic, iter(range(1, 99))
@@ -495,14 +505,14 @@ def test_a_write_that_fails_leaves_no_folder(babi, monkeypatch, failing):
 
     monkeypatch.setattr(tk, "write_atomic", write)
     with pytest.raises(RuntimeError, match="disk full"):
-        NB.raw_folder("babi")
+        ROOMS["babi"].raw_folder()
     assert not [p for p in (tk.RAW / "babi").rglob("*") if p.is_file()]
 
 
 def test_a_folder_with_other_files_is_left_alone(cotempqa):
     other = tk.write_atomic(tk.RAW / "cotempqa/notes.txt", "mine")
     with pytest.raises(RuntimeError, match="not empty.*cotempqa"):
-        NB.raw_folder("cotempqa")
+        ROOMS["cotempqa"].raw_folder()
     assert [p.name for p in (tk.RAW / "cotempqa").iterdir()] == ["notes.txt"]
     assert other.read_text() == "mine"
 
@@ -518,7 +528,7 @@ def test_a_dataset_that_is_not_there_is_named(hub, name):
             rf"\(.*\) into .*{name}.*TRACEKD_DATA_DIR"
         ),
     ):
-        NB.raw_folder(name)
+        ROOMS[name].raw_folder()
     assert nothing_in_raw()
 
 
@@ -526,14 +536,14 @@ def test_a_commit_that_is_not_there_is_named(hub, babi, cotempqa, marco):
     hub.commits = dict.fromkeys(hub.commits, ["3" * 40])
     for name, (repository, commit) in DATASETS.items():
         with pytest.raises(RuntimeError, match=f"{repository} at {commit} .*no such"):
-            NB.raw_folder(name)
+            ROOMS[name].raw_folder()
     assert nothing_in_raw()
 
 
 def test_a_file_that_is_not_there_is_named(babi):
     del babi.repositories[BABI]["en-qa7/test/0000.parquet"]
     with pytest.raises(RuntimeError, match="not as expected.*en-qa7/test/0000.parquet"):
-        NB.raw_folder("babi")
+        ROOMS["babi"].raw_folder()
     assert not (tk.RAW / "babi/en").exists()
 
 
@@ -569,7 +579,7 @@ def test_without_a_network_the_message_says_what_to_do(hub, monkeypatch, offline
             RuntimeError,
             match=(f"{repository} at .*is there a network.*HF_HUB_OFFLINE=1.*data/README.md"),
         ) as e:
-            NB.raw_folder(name)
+            ROOMS[name].raw_folder()
         assert str(tk.RAW) in str(e.value) and "TRACEKD_DATA_DIR" in str(e.value)
     with pytest.raises(RuntimeError, match=f"{LLAMA} at .*network.*local folder as student"):
         tk.load_student(LLAMA)

@@ -1,6 +1,7 @@
 """MARCO: the layout of v2.1, bad records, the split, alternatives, the window, the licence."""
 
 import copy
+import hashlib
 import json
 from collections import Counter
 from dataclasses import replace
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 import tracekd_utils as tk
 
-NB = notebook_functions("01_decompose_problems", dataset="marco")
+NB = notebook_functions("12_decompose_marco")
+CARD = tk.dataset("marco")
 NONE = NB.NO_ANSWER
 
 
@@ -238,7 +240,7 @@ def item(*answers):
     )
 
 
-rouge_l = notebook_functions("03_finetune_student").rouge_l
+rouge_l = notebook_functions("04_score_outputs").rouge_l
 
 
 def scored(text, *answers):
@@ -311,9 +313,9 @@ def test_every_record_of_the_sample_is_kept_or_accounted_for(real):
     assert len(examples) + out == 247
     splits = Counter(e.split for e in examples)
     assert splits["train"] > 150 and all(
-        splits[s] >= tk.SIZES["marco"][s] for s in ("validation", "test")
+        splits[s] >= CARD.rows[s] for s in ("validation", "test")
     ), splits
-    assert {e.label for e in examples if e.split == "test"} == set(tk.LABELS["marco"])
+    assert {e.label for e in examples if e.split == "test"} == set(CARD.labels)
 
 
 def test_training_and_test_share_no_passage_and_no_query(real, data_dir):
@@ -348,9 +350,9 @@ def test_the_answers_that_no_passage_supports_are_those_listed(real):
     assert sorted(listed) == sorted(expected) and 0 < len(listed) < 40
 
 
-@pytest.mark.parametrize("condition", tk.LAYOUTS)
+@pytest.mark.parametrize("condition", tk.conditions())
 def test_every_trace_and_the_first_reference_come_back(real, corrupter, condition):
-    examples, layout = real[0], tk.LAYOUTS[condition]
+    examples, layout = real[0], corrupter.CONDITIONS[condition].layout
     pool = corrupter.Pool(examples)
     assert all(len(corrupter.non_gold_facts(e)) >= len(set(e.gold_facts)) for e in examples)
     for e in examples:
@@ -368,11 +370,11 @@ def test_every_trace_and_the_first_reference_come_back(real, corrupter, conditio
 def test_facts_that_are_not_gold_go_whole_and_no_more_than_needed(corrupter):
     e = replace(item("a"), facts=tuple("abcdefgh"), gold_facts=("c", "f"))
     for n in range(4, 9):
-        short = corrupter.fit(e, lambda e: len(e.facts) <= n)
+        short = corrupter.fit(e, lambda e, n=n: len(e.facts) <= n)
         assert len(short.facts) == n and set("cf") <= set(short.facts)
         assert "".join(short.facts) == "".join(sorted(short.facts))
         assert replace(short, facts=e.facts) == e
-        longer = corrupter.fit(e, lambda e: len(e.facts) <= n + 1)
+        longer = corrupter.fit(e, lambda e, n=n: len(e.facts) <= n + 1)
         assert set(short.facts) <= set(longer.facts)
     assert corrupter.fit(e, lambda e: len(e.facts) <= 3) is None
     other = corrupter.fit(replace(e, id="n"), lambda e: len(e.facts) <= 4)
@@ -386,7 +388,7 @@ def test_the_folder_comes_from_the_environment_then_from_raw(tmp_path, monkeypat
     monkeypatch.setattr(tk, "RAW", tmp_path)
     for value in ("", str(tmp_path / "nothing"), str(tmp_path)):
         monkeypatch.setenv("TRACEKD_DATA_DIR", value)
-        assert NB.raw_folder("marco") == tmp_path / "msmarco"
+        assert NB.raw_folder() == tmp_path / "msmarco"
 
 
 def test_a_download_can_be_read(tmp_path, monkeypatch):
@@ -404,23 +406,24 @@ def test_a_download_can_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(tk, "fetch", fetch)
     monkeypatch.setattr(tk, "RAW", tmp_path / "raw")
     monkeypatch.setenv("TRACEKD_DATA_DIR", "")
-    monkeypatch.setitem(NB.download_marco.__globals__, "MARCO_ROWS", 6)
-    assert NB.raw_folder("marco") == tmp_path / "raw" / "msmarco"
+    monkeypatch.setitem(NB.read_hub.__globals__, "MARCO_ROWS", 6)
+    assert NB.raw_folder() == tmp_path / "raw" / "msmarco"
     written = tk.read_jsonl(tmp_path / "raw/msmarco" / NB.MARCO_FILE)
     assert written == rows[:6] + rows[8:]
     (tmp_path / NB.MARCO_PART).write_bytes(b"no parquet")
+    monkeypatch.setattr(tk, "RAW", tmp_path / "again")
     with pytest.raises(RuntimeError, match=r"microsoft/ms_marco.*sample_v2\.1.*TRACEKD_DATA_DIR"):
-        NB.download_marco(tmp_path / "again")
-    assert not (tmp_path / "again").exists()
+        NB.raw_folder()
+    assert not (tmp_path / "again" / "msmarco").exists()
 
 
 # --------------------------------------------------------------------------- whole runs
 @pytest.fixture(scope="module")
 def study(workspace, real):
-    """01 on the sample; 02 and 03 on a few rows, with the tiny student's short window."""
+    """The room on the sample; 02 to 04 on a few rows, with the tiny student's short window."""
     path = workspace / "data/interim/marco/examples.jsonl"
     for name, *options in (
-        ("01_decompose_problems",),
+        ("12_decompose_marco",),
         ("02_corrupt_traces", "-p", "student", "tiny"),
         (
             "03_finetune_student",
@@ -437,25 +440,27 @@ def study(workspace, real):
             "quantize",
             "false",
         ),
+        ("04_score_outputs",),
     ):
-        done = papermill(
-            workspace, name, "-p", "dataset", "marco", "-p", "study", "marco", *options
-        )
+        if name != "04_score_outputs":
+            options = ("-p", "dataset", "marco", *options)
+        done = papermill(workspace, name, "-p", "study", "marco", *options)
         assert done.returncode == 0, done.stderr[-3000:]
-        if name.startswith("01"):
+        if name.startswith("12"):
             examples = tk.read_examples(path)
             assert set(examples) == set(real[0])
-            tk.write_jsonl(
-                path,
-                [e for s, n in SMALL.items() for e in [e for e in examples if e.split == s][:n]],
-            )
+            few = [e for s, n in SMALL.items() for e in [e for e in examples if e.split == s][:n]]
+            tk.write_jsonl(path, few)
+            made = workspace / "data/results/marco/decomposition.json"  # or the room runs again
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            tk.write_json(made, {**tk.read_json(made), "examples_sha256": digest})
     return workspace
 
 
 SMALL = {"train": 6, "validation": 2, "test": 6}
 
 
-def test_01_leaves_what_it_promises_for_marco(study, real):
+def test_the_room_leaves_what_it_promises(study, real):
     found = json.loads((study / "data/results/marco/decomposition.json").read_text())
     assert found["kept"] == len(real[0]) and found["refused"] == real[1]["refused"]
     assert sum(v["n"] for v in found["agreement"].values()) == 232
@@ -466,6 +471,7 @@ def test_01_leaves_what_it_promises_for_marco(study, real):
     for name, floor in (("label_same", 212), ("facts_same", 222)):
         agreed = sum(v[name] * v["n"] for v in found["agreement"].values())
         assert floor <= round(agreed) < 232, (name, agreed)
+    assert found["raw_sha256"] == CARD.source["sha256"] and all(found["raw_as_on_card"].values())
 
 
 def test_02_fits_every_row_into_the_window_the_same_in_all_conditions(study, real):
@@ -480,7 +486,7 @@ def test_02_fits_every_row_into_the_window_the_same_in_all_conditions(study, rea
     out = Counter(by_id[i].split for i in window["left_out"])
     assert checks["rows"] == {s: n - out[s] for s, n in SMALL.items()}
     tokenizer = AutoTokenizer.from_pretrained(study / "data/raw/students/tiny")
-    for r, v, i in zip(rows["correct"], rows["vanilla"], rows["incorrect"]):
+    for r, v, i in zip(rows["correct"], rows["vanilla"], rows["incorrect"], strict=True):
         assert (r["id"], r["prompt"]) == (v["id"], v["prompt"]) == (i["id"], i["prompt"])
         e, lines = by_id[r["id"]], set(r["prompt"].split("\n"))
         shown = {
@@ -493,26 +499,28 @@ def test_02_fits_every_row_into_the_window_the_same_in_all_conditions(study, rea
         parsed = tk.parse_output(i["target"], e)
         assert set(parsed.trace.facts) <= shown - set(e.gold_facts)
         for row in (r, v, i):
-            assert len(tk.encode(tokenizer, row["prompt"], row["target"])[0]) <= 2048
-    for r, d in zip(rows["correct"], rows["direct"]):
+            assert len(tk.encode_row(tokenizer, row["prompt"], row["target"])[0]) <= 2048
+    for r, d in zip(rows["correct"], rows["direct"], strict=True):
         assert d["prompt"].startswith(r["prompt"])
-        assert len(tk.encode(tokenizer, d["prompt"], None, True)) < 2048
+        assert len(tk.encode_prompt(tokenizer, d["prompt"], chat=True)) < 2048
 
 
-def test_03_leaves_scores_and_no_text_of_marco(study, real):
+def test_the_results_hold_scores_and_no_text_of_marco(study, real):
     (folder,) = (study / "data/results/marco").glob("marco-tiny-direct-*")
-    rows = tk.read_jsonl(folder / "predictions.jsonl")
+    rows = tk.read_parquet(folder / "predictions.parquet")
     sft = tk.read_jsonl(study / "data/interim/marco/sft/controlled/correct-dose1-seed0.jsonl")
     assert {r["id"] for r in rows} == {r["id"] for r in sft if r["split"] == "test"}
     metrics = json.loads((folder / "metrics.json").read_text())
     for name in ("answer_f1", "answer_rouge_l"):
         assert metrics[name] == pytest.approx(sum(r[name] for r in rows) / len(rows))
-    private = tk.read_jsonl(study / "data/runs" / folder.name / "predictions.jsonl")
+    private = tk.read_parquet(study / "data/runs" / folder.name / "predictions.parquet")
     assert [
         {k: v for k, v in r.items() if k not in ("output", "output_ids")} for r in private
     ] == rows and all(r["output_ids"] for r in private)
-    public = "".join(p.read_text() for p in (study / "data/results/marco").rglob("*.*"))
-    public += (study / "03_finetune_student-out.ipynb").read_text()
+    public = "".join(p.read_text() for p in (study / "data/results/marco").rglob("*.json"))
+    public += json.dumps(rows)
+    for name in ("12_decompose_marco", "03_finetune_student", "04_score_outputs"):
+        public += (study / f"{name}-out.ipynb").read_text()
     for e in real[0]:
         for text in (*e.facts, *(a for a in e.answers if len(a) > 25)):
             assert json.dumps(text)[1:40] not in public, e.id
@@ -524,5 +532,5 @@ def test_what_needs_the_text_of_outputs_refuses_marco(notebook, tmp_path, monkey
     tk.write_json(tmp_path / "s/run/metrics.json", metrics)
     monkeypatch.setattr(tk, "RESULTS", tmp_path)
     nb = notebook_functions(notebook)
-    with pytest.raises(ValueError, match="MARCO.*another dataset"):
+    with pytest.raises(ValueError, match="(?i)marco.*another dataset"):
         nb.check_run(metrics, tmp_path / "s/run") if "06" in notebook else nb.study_outputs("s")
