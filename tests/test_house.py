@@ -236,9 +236,10 @@ def test_an_item_is_shown_escaped_and_a_private_one_not_at_all(example):
 
 # -------------------------------------------------------------------------------- launching
 def test_what_is_taught_in_a_notebook_is_found_by_its_name():
-    for name, notebook in tk.TAUGHT_IN.items():
-        assert getattr(tk, name).__module__ == notebook
-        assert getattr(tk.lesson(notebook), name) is getattr(tk, name)
+    for notebook, names in tk.TAUGHT_IN.items():
+        for name in names:
+            assert getattr(tk, name).__module__ == notebook
+            assert getattr(tk.lesson(notebook), name) is getattr(tk, name)
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
         _ = tk.nothing_of_the_kind
 
