@@ -9,6 +9,8 @@ from conftest import ROOT, notebook_functions, papermill
 
 import tracekd_utils as tk
 
+# under `published`, what is no Python list behind its cue is one bare fact: bullets are not read
+NOT_READ = {("published/babi", "bullets"), ("published/cotempqa", "bullets")}
 SAVED = sorted((ROOT / "data/results/stress").glob("*.json"))
 TEXT = (
     "<think>Question type: object-place\nFacts:\n- Mary took the apple.\n"
@@ -18,15 +20,14 @@ TEXT = (
 
 @pytest.fixture(scope="module")
 def stress():
-    notebook = notebook_functions("08_stress_the_parser")
-    notebook.other_answer.__globals__["VOCABULARY"] = {"microworld": ["garden", "kitchen"]}
-    return notebook
+    return notebook_functions("08_stress_the_parser")
 
 
 @pytest.fixture
 def item(stress, example):
-    parsed = tk.parse_output(TEXT, example)
-    return stress.Item(TEXT, example, parsed.trace.label, parsed.trace.facts, parsed.answers)
+    (found,), _ = stress.draw_items([(TEXT, example, "controlled")], 1)
+    assert (found.label, found.answers) == ("object-place", ("kitchen",))
+    return found
 
 
 KEEP = (
@@ -100,9 +101,8 @@ def test_a_fact_is_cut_only_where_the_rest_fits_it_alone(stress):
 
 
 def test_outputs_without_a_meaning_to_keep_are_left_out_and_counted(stress, example):
-    outputs = [
-        (t, example) for t in (TEXT, "", "<think></think>", TEXT + TEXT, TEXT.replace("\n- ", "\n"))
-    ]
+    texts = (TEXT, "", "<think></think>", TEXT + TEXT, TEXT.replace("\n- ", "\n"))
+    outputs = [(text, example, "controlled") for text in texts]
     items, left_out = stress.draw_items(outputs, 10)
     assert [i.text for i in items] == [TEXT] and sum(left_out.values()) == 4
 
@@ -127,7 +127,8 @@ def test_the_committed_results_reach_the_floor(path):
     saved = json.loads(path.read_text())
     assert saved["n_varied"] > 0 and {r["strength"] for r in saved["variations"]} == {1, 2, 3}
     for r in saved["variations"]:
-        if r["kind"] == "keeps" and r["strength"] == 1 and r["n"]:
+        unread = (saved["source"], r["variation"]) in NOT_READ
+        if r["kind"] == "keeps" and r["strength"] == 1 and r["n"] and not unread:
             assert all(
                 r[f]["estimate"] >= 0.95 for f in ("label", "facts", "answer", "lenient_quadrant")
             ), r
@@ -136,12 +137,39 @@ def test_the_committed_results_reach_the_floor(path):
 
 
 def test_there_are_committed_results():
-    assert {p.stem for p in SAVED} >= {"laptop", "babi", "published-babi", "published-cotempqa"}
+    assert {p.stem for p in SAVED} >= {"microworld", "babi", "published-babi", "published-cotempqa"}
 
 
 def test_a_source_without_outputs_says_so(workspace):
-    done = papermill(workspace, "08_stress_the_parser", "-p", "source", "nowhere")
+    options = ("-r", "source", "nowhere", "-p", "n_outputs", "5")
+    done = papermill(workspace, "08_stress_the_parser", *options)
     assert done.returncode == 0, done.stderr[-2000:]
     out = json.loads((workspace / "08_stress_the_parser-out.ipynb").read_text())
     text = "".join("".join(o.get("text", "")) for c in out["cells"] for o in c.get("outputs", ()))
     assert re.search("nowhere: no output that can be varied", text)
+
+
+def test_published_outputs_are_those_that_the_audit_wrote(stress, tmp_path, monkeypatch, example):
+    monkeypatch.setattr(tk, "INTERIM", tmp_path)
+    monkeypatch.delenv("TRACEKD_DATA_DIR", raising=False)
+    assert stress.published_outputs("babi") == []
+    row = {"student": "s", "label_file": "all", "line": 1, **dataclasses.asdict(example)}
+    rows = [row | {"condition": c, "text": f"text of {c}"} for c in ("vanilla", "correct")]
+    tk.write_jsonl(tmp_path / "published" / "babi.jsonl", rows)
+    assert stress.published_outputs("babi") == [("text of correct", example, "published")]
+
+
+def test_outputs_are_read_under_their_protocol(stress, example):
+    example = dataclasses.replace(example, dataset="babi", label="counting")
+    trace = tk.Trace(label="counting", facts=("Mary took the apple.",))
+    text = tk.render_target(example, trace, "published")
+    (found,), _ = stress.draw_items([(text, example, "published")], 1)
+    assert found.facts == trace.facts and found.protocol == "published"
+    kept, verdicts = stress.readings(text, found)
+    assert all(kept.values()) and verdicts["lenient"] == (False, True)
+
+
+def test_only_outputs_of_our_own_have_a_strict_reading():
+    for path in SAVED:
+        saved = json.loads(path.read_text())
+        assert ("strict" in saved["readers"]) is not saved["source"].startswith("published/")
