@@ -775,7 +775,7 @@ def conditions(protocol: str = "controlled") -> list[str]:
     return [key.value for key in _assigned(_code_of("02_corrupt_traces").others)[registry].keys]
 
 
-def lesson(name: str, **parameters: Any) -> SimpleNamespace:
+def lesson(name: str, /, **parameters: Any) -> SimpleNamespace:
     """What a notebook defines, so that another one calls the very code that is taught there.
 
     Its imports, functions, classes and UPPERCASE constants; `parameters` replace its defaults.
