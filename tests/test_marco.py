@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from conftest import notebook_functions, papermill
+from conftest import ROOT, notebook_functions, papermill
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -527,10 +527,12 @@ def test_the_results_hold_scores_and_no_text_of_marco(study, real):
 
 
 @pytest.mark.parametrize("notebook", ["06_intervene_on_traces", "08_stress_the_parser"])
-def test_what_needs_the_text_of_outputs_refuses_marco(notebook, tmp_path, monkeypatch):
-    metrics = {"parameters": {"dataset": "marco", "condition": "correct", "protocol": "controlled"}}
-    tk.write_json(tmp_path / "s/run/metrics.json", metrics)
-    monkeypatch.setattr(tk, "RESULTS", tmp_path)
+def test_what_needs_the_text_of_outputs_refuses_marco(notebook, monkeypatch):
+    monkeypatch.setattr(tk, "RESULTS", ROOT / "data" / "results")
+    (path,) = (tk.RESULTS / "marco").glob("marco-*-correct-*/metrics.json")
     nb = notebook_functions(notebook)
     with pytest.raises(ValueError, match="(?i)marco.*another dataset"):
-        nb.check_run(metrics, tmp_path / "s/run") if "06" in notebook else nb.study_outputs("s")
+        if notebook.startswith("06"):
+            nb.check_run(tk.read_json(path), path.parent)
+        else:
+            nb.study_outputs("marco")
