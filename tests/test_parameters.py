@@ -152,7 +152,7 @@ print(json.dumps([messages, heavy, time.monotonic() - begun]))
         m for m, k in zip(messages, ("sed", "seed", "student", "dose"), strict=True) if k in m
     ] == messages and len(messages) == 4
     assert heavy == [] and seconds < 3
-    assert not (workspace / "data").exists()
+    assert [p.name for p in (workspace / "data").iterdir()] == ["datasets.toml"]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_plain_papermill_fails_loudly(tmp_path, options, message):
     workspace = make_workspace(tmp_path)
     done = papermill(workspace, RUN, *options)
     assert done.returncode != 0 and message in done.stderr
-    assert not (workspace / "data").exists()
+    assert [p.name for p in (workspace / "data").iterdir()] == ["datasets.toml"]
 
 
 def test_quantize_false_means_false_in_a_real_run(smoke):
