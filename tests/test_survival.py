@@ -6,7 +6,6 @@ would, or with one error that says what to do.
 
 import json
 import os
-import re
 import resource
 import shutil
 import subprocess
@@ -19,11 +18,13 @@ import pandas as pd
 import psutil
 import pytest
 from conftest import make_workspace, notebook_functions
+from test_student import make_trainer
+from transformers import AutoTokenizer
 
 import tracekd_utils as tk
 
 TIMES = ("seconds", "train_tokens_per_s", "peak_memory_gib")
-# enough training for metrics that are not all 0
+# enough training for labels that are right
 RUN = {
     "student": "tiny",
     "study": "killed",
@@ -89,7 +90,7 @@ def kill_when(folder, name, parameters, reached):
 def prepare(folder, corrupter):
     """Workspace with the training rows of `correct`: 24 train, 12 validation, 96 test."""
     make_workspace(folder)
-    examples = notebook_functions("01_decompose_problems").make_microworld(24, 12, 96)
+    examples = notebook_functions("01_decompose_microworld").make_microworld(24, 12, 96)
     interim, pool = folder / "data/interim/microworld", corrupter.Pool(examples)
     tk.write_jsonl(interim / "examples.jsonl", examples)
     tk.write_jsonl(
@@ -110,20 +111,33 @@ def prepare(folder, corrupter):
 
 def read_run(folder):
     """Everything of a finished run that must not depend on kills."""
-    (metrics_path,) = folder.glob("data/results/killed/*/metrics.json")
-    results, metrics = metrics_path.parent, json.loads(metrics_path.read_text())
-    curve = pd.read_csv(results / "training_curve.csv")
+    (path,) = records_of(folder)
+    run_dir, record = path.parent, json.loads(path.read_text())
+    curve = pd.read_csv(run_dir / "training_curve.csv")
     return SimpleNamespace(
         folder=folder,
-        results=results,
-        run_dir=folder / "data/runs" / results.name,
-        metrics={k: v for k, v in metrics.items() if k not in TIMES},
-        predictions=(results / "predictions.jsonl").read_bytes(),
-        adapter=(
-            folder / "data/runs" / results.name / "adapter/adapter_model.safetensors"
-        ).read_bytes(),
+        run_dir=run_dir,
+        record={k: v for k, v in record.items() if k not in TIMES},
+        outputs=(run_dir / "outputs.jsonl").read_bytes(),
+        adapter=(run_dir / "adapter/adapter_model.safetensors").read_bytes(),
         curve=curve[["step", "loss", "eval_loss", "learning_rate"]].fillna(0).to_numpy(),
     )
+
+
+def records_of(folder):
+    """The file that comes last and marks a run as finished."""
+    return list(folder.glob("data/runs/*/run.json"))
+
+
+def labels_right(run):
+    """Share of outputs whose label is right; 0 would say that nothing was learnt."""
+    examples = tk.read_examples(run.folder / "data/interim/microworld/examples.jsonl")
+    known, right = {e.id: e for e in examples}, []
+    tokenizer = AutoTokenizer.from_pretrained(run.folder / "data/raw/students/tiny")
+    for row in tk.read_jsonl(run.run_dir / "outputs.jsonl"):
+        parsed = tk.parse_output(tokenizer.decode(row["ids"]), known[row["id"]])
+        right.append(bool(tk.score(parsed, known[row["id"]])["label_ok"]))
+    return sum(right) / len(right)
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +154,11 @@ def unkilled(tmp_path_factory, corrupter):
 
 
 def copy_of(unkilled, folder):
-    """Workspace of the unkilled run without its results; returns the run's folder."""
+    """Workspace of the unkilled run without its record; returns the run's folder."""
     shutil.copytree(unkilled.folder, folder)
-    shutil.rmtree(folder / "data/results")
-    return folder / "data/runs" / unkilled.results.name
+    (record,) = records_of(folder)
+    record.unlink()
+    return record.parent
 
 
 # A stage disturbs a run, starts it again, and returns what it did and where the run ended.
@@ -153,19 +168,19 @@ def decomposition(unkilled, folder, corrupter):
     names = ("data/interim/microworld/examples.jsonl", "data/results/killed/decomposition.json")
     for part in ("reference", "killed"):
         make_workspace(folder / part)
-    run_whole(folder / "reference", "01_decompose_problems", WORLD)
+    run_whole(folder / "reference", "01_decompose_microworld", WORLD)
     expected = [(folder / "reference" / name).read_bytes() for name in names]
     killed, (examples, result) = folder / "killed", [folder / "killed" / n for n in names]
     kill_when(
         killed,
-        "01_decompose_problems",
+        "01_decompose_microworld",
         WORLD,
         lambda: "pure Python on the CPU" in (killed / "log.txt").read_text(),
     )
     assert not examples.exists() and not result.exists()
-    kill_when(killed, "01_decompose_problems", WORLD, examples.exists)
+    kill_when(killed, "01_decompose_microworld", WORLD, examples.exists)
     assert examples.read_bytes() == expected[0]
-    run_whole(killed, "01_decompose_problems", WORLD)
+    run_whole(killed, "01_decompose_microworld", WORLD)
     assert [examples.read_bytes(), result.read_bytes()] == expected
     assert not list(folder.rglob("*.partial"))
     both = [
@@ -176,7 +191,7 @@ def decomposition(unkilled, folder, corrupter):
 
 
 def training(unkilled, folder, corrupter):
-    run_dir = prepare(folder, corrupter) / "data/runs" / unkilled.results.name
+    run_dir = prepare(folder, corrupter) / "data/runs" / unkilled.run_dir.name
     shutil.copytree(unkilled.folder / "data/raw", folder / "data/raw")  # the student
     at = run_dir / "checkpoints"
     status, log = finish(
@@ -190,7 +205,7 @@ def training(unkilled, folder, corrupter):
     # the folder appears before its files: the hardest moment
     kill_when(folder, "03_finetune_student", RUN, (at / "checkpoint-20").exists)
     kill_when(folder, "03_finetune_student", RUN, (at / "checkpoint-60/trainer_state.json").exists)
-    assert not (run_dir / "adapter").exists() and not results_of(folder)
+    assert not (run_dir / "adapter").exists() and not records_of(folder)
     newest = max(at.iterdir(), key=lambda p: int(p.name.partition("-")[2]))
     cut_short(newest / "optimizer.pt")
     log = run_whole(folder, "03_finetune_student", RUN)
@@ -209,48 +224,53 @@ def generation(unkilled, folder, corrupter):
         folder, "03_finetune_student", RUN, lambda: outputs.exists() and outputs.stat().st_size
     )
     content = outputs.read_bytes()
-    assert 1 < content.count(b"\n") < 96 and not results_of(folder)
+    assert 1 < content.count(b"\n") < 96 and not records_of(folder)
     outputs.write_bytes(content[:-20])
     log = run_whole(folder, "03_finetune_student", RUN)
     assert "step " not in log and "generated 96/96" in log
     return "after the first outputs, the last line cut", *same_ends(folder, unkilled)
 
 
-def scoring(unkilled, folder, corrupter):
+def record(unkilled, folder, corrupter):
     run_dir = copy_of(unkilled, folder)
-    (folder / "data/results").write_text("a file where a folder should be")
+    runs = folder / "data/runs"
+    runs.rename(folder / "data/kept")
+    runs.write_text("a file where a folder should be")
     status, log = finish(folder, "03_finetune_student", RUN)
-    assert status and re.search("data/results/killed/.* could not be written", last_error(log))
-    (folder / "data/results").unlink()
-    curve = run_dir / "training_curve.csv"
-    content = curve.read_bytes()
-    curve.unlink()
-    os.mkfifo(curve)  # read between predictions and metrics: nobody writes, 03 waits there
-    kill_when(
-        folder,
-        "03_finetune_student",
-        RUN,
-        lambda: list(folder.glob("data/results/*/*/predictions.jsonl")),
-    )
-    assert not results_of(folder)
-    curve.unlink()
-    curve.write_bytes(content)
+    assert status and "step " not in log
+    assert f"{run_dir}/writable could not be written" in last_error(log)
+    runs.unlink()
+    (folder / "data/kept").rename(runs)
+    facts = run_dir / "training.json"
+    content = facts.read_bytes()
+    facts.unlink()
+    os.mkfifo(facts)  # read between outputs and record: nobody writes, 03 waits there
+    writers = []
+    kill_when(folder, "03_finetune_student", RUN, lambda: is_read(facts, writers))
+    os.close(writers[0])
+    assert not records_of(folder)
+    facts.unlink()
+    facts.write_bytes(content)
     log = run_whole(folder, "03_finetune_student", RUN)
     assert "step " not in log and "generated " not in log
     same_ends(folder, unkilled)
-    (predictions,) = folder.glob("data/results/*/*/predictions.jsonl")
-    for path in (predictions, run_dir / "outputs.jsonl"):  # a finished run, cut afterwards
-        path.write_bytes(path.read_bytes()[:-20])
+    path = run_dir / "outputs.jsonl"  # of a finished run, cut afterwards
+    path.write_bytes(path.read_bytes()[:-20])
     log = run_whole(folder, "03_finetune_student", RUN)
-    assert "line 96" in log and "made again" in log and "generated 96/96" in log
+    assert "made again" in log and "generated 96/96" in log
     return (
-        "unwritable, between predictions and metrics, predictions cut in mid-line",
+        "unwritable, between outputs and record, outputs cut in mid-line",
         *same_ends(folder, unkilled),
     )
 
 
-def results_of(folder):
-    return list(folder.glob("data/results/*/*/metrics.json"))
+def is_read(fifo, writers):
+    """Does a process wait for the pipe to be written to? Then it goes on waiting for `writers`."""
+    try:
+        writers.append(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
+    except OSError:  # nobody has opened it
+        return False
+    return True
 
 
 def last_error(log):
@@ -263,24 +283,27 @@ def cut_short(path, share=0.6):
 
 
 def same_ends(folder, unkilled):
-    """Metrics of both runs, after everything that a run leaves was compared."""
+    """What both runs came to, after everything that a run leaves was compared."""
     run = read_run(folder)
-    assert run.results.name == unkilled.results.name
-    assert run.adapter == unkilled.adapter and run.predictions == unkilled.predictions
-    assert run.metrics == unkilled.metrics
+    assert run.run_dir.name == unkilled.run_dir.name
+    assert run.adapter == unkilled.adapter and run.outputs == unkilled.outputs
+    assert run.record == unkilled.record
     # the logged loss is a mean since the last log: the window that a kill fell into is short
     assert run.curve.shape == unkilled.curve.shape
     assert (run.curve != unkilled.curve).any(axis=1).sum() <= 2
     assert not (run.run_dir / "checkpoints").exists()
-    return run.metrics, unkilled.metrics
+    return [
+        {"label_ok": labels_right(each), "n_test": each.record["n_test"]}
+        for each in (run, unkilled)
+    ]
 
 
-STAGES = {f.__name__: f for f in (decomposition, training, generation, scoring)}
+STAGES = {f.__name__: f for f in (decomposition, training, generation, record)}
 
 
 @pytest.fixture(scope="module")
 def matrix(unkilled, corrupter, tmp_path_factory):
-    """{stage: what was done to it and the metrics of both runs}, two stages at a time."""
+    """{stage: what was done to it and what both runs came to}, two stages at a time."""
     with ThreadPoolExecutor(2) as pool:
         return {
             name: pool.submit(stage, unkilled, tmp_path_factory.mktemp("stage") / name, corrupter)
@@ -291,24 +314,7 @@ def matrix(unkilled, corrupter, tmp_path_factory):
 @pytest.mark.parametrize("stage", STAGES)
 def test_kill_matrix(matrix, stage):
     done, ours, theirs = matrix[stage].result()
-    shown = [
-        {
-            k: v
-            for k, v in m.items()
-            if k
-            in (
-                "kept",
-                "disagreements",
-                "answer_ok",
-                "label_ok",
-                "facts_ok",
-                "parsed_ok",
-                "quadrants",
-            )
-        }
-        for m in (ours, theirs)
-    ]
-    print(f"\n{stage}, killed {done}\n  killed   {shown[0]}\n  unkilled {shown[1]}")
+    print(f"\n{stage}, killed {done}\n  killed   {ours}\n  unkilled {theirs}")
     assert ours == theirs and (stage == "decomposition" or theirs["label_ok"] > 0)
 
 
@@ -323,10 +329,11 @@ def test_the_second_process_waits_and_trains_nothing(unkilled):
 @pytest.fixture(scope="module")
 def checkpoints(corrupter, tmp_path_factory):
     """Folder with the checkpoints 2 and 4 of a training."""
-    examples = notebook_functions("01_decompose_problems").make_microworld(8, 0, 0)
+    examples = notebook_functions("01_decompose_microworld").make_microworld(8, 0, 0)
     rows = [{"prompt": tk.render_prompt(e), "target": tk.render_target(e, None)} for e in examples]
     folder = tmp_path_factory.mktemp("checkpoints")
-    tk.finetune(*tk.load_student("tiny"), rows, folder, epochs=2, batch_size=4, checkpoint_steps=2)
+    trainer = make_trainer(tk.load_student("tiny"), rows, folder, epochs=2, save_steps=2)
+    tk.finetune(trainer, folder)
     return folder / "checkpoints"
 
 
@@ -343,14 +350,14 @@ def checkpoints(corrupter, tmp_path_factory):
 @pytest.mark.parametrize("cut", [0, 0.9, None], ids=["empty", "cut", "missing"])
 def test_a_checkpoint_cut_short_falls_back_to_the_one_before(checkpoints, tmp_path, name, cut):
     folder, lines = shutil.copytree(checkpoints, tmp_path / "checkpoints"), []
-    assert tk._last_checkpoint(folder, lines.append) == str(folder / "checkpoint-4")
+    assert tk.last_checkpoint(folder, lines.append) == str(folder / "checkpoint-4")
     assert not lines
     path = folder / "checkpoint-4" / name
     path.unlink() if cut is None else cut_short(path, cut)
-    assert tk._last_checkpoint(folder, lines.append) == str(folder / "checkpoint-2")
+    assert tk.last_checkpoint(folder, lines.append) == str(folder / "checkpoint-2")
     assert [line.startswith("checkpoint-4 is incomplete") for line in lines] == [True]
     cut_short(folder / "checkpoint-2" / name, 0.5)
-    assert tk._last_checkpoint(folder, lines.append) is None and len(lines) == 2
+    assert tk.last_checkpoint(folder, lines.append) is None and len(lines) == 2
 
 
 def test_the_trainer_writes_the_files_that_are_looked_at(checkpoints):
