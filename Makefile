@@ -37,14 +37,15 @@ figures: venv
 	  -e 's,^\(.*\)/\(.*\)/interventions\.json,06_intervene_on_traces 06-\2 -r study \1 -r run_id \2,p' \
 	  -e 's,^calibration/calibration\.json,07_calibrate_instrument 07 -p n_studies 0,p' \
 	  -e 's,^stress/\(.*\)\.json,08_stress_the_parser 08-\1 -p n_outputs 0 -r source \1,p' \
-	  -e 's,^\(.*\)/speed\.json,90_benchmark_speed 90-\1 -p repeats 0 -r study \1,p' | sort -u | sed \
+	  -e 's,^\(microworld\)/decomposition\.json,04_score_outputs 04 -r study \1,p' \
+  -e 's,^\(.*\)/speed\.json,90_benchmark_speed 90-\1 -p repeats 0 -r study \1,p' | sort -u | sed \
 	  -e 's,source published-,source published/,' \
 	  -e 's,\([^ ]*\) \([^ ]*\),notebooks/\1.ipynb data/runs/\2.ipynb,' | \
 	  TRACEKD_DATA_DIR= HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MPLBACKEND=agg xargs -L 1 -P 2 $(RUN)
 
 # every notebook again from its own defaults, in reading order, in place
 notebooks: venv
-	@for n in 01 10 11 12 02 03 04 05 00 06 07 08 09 90; do f=$$(ls notebooks/$${n}_*.ipynb 2>/dev/null) || continue; \
+	@for n in 01 10 11 12 30 31 02 03 04 05 00 06 07 08 09 90; do f=$$(ls notebooks/$${n}_*.ipynb 2>/dev/null) || continue; \
 	  echo $$f; $(RUN) $$f $$f || exit 1; done
 
 lab: venv
