@@ -1,9 +1,8 @@
 """Thin helper of the tracekd notebooks: what two or more of them share, and nothing else.
 
-Heavy libraries are imported inside functions, so that a wrong parameter fails at once. No
-dataset's name stands here: what is particular to one is on its card (data/datasets.toml) and in
-the notebook that reads it. Code that is a lesson stands in the notebook that teaches it, see
-`TAUGHT_IN`. The paper is arXiv 2505.13792.
+Heavy libraries are imported inside functions, so that a wrong parameter fails at once. What is
+particular to a dataset is on its card (data/datasets.toml) and in the notebook that reads it; code
+that is a lesson stands in the notebook that teaches it (`TAUGHT_IN`). The paper: arXiv 2505.13792.
 """
 
 from __future__ import annotations
@@ -175,7 +174,10 @@ def stream(seed: int, example_id: str, purpose: str) -> random.Random:
 
 def _find_fault(example: Example) -> str | None:
     """What is wrong with an example, in words."""
-    labels = dataset(example.dataset).labels
+    try:
+        labels = dataset(example.dataset).labels
+    except ValueError as error:  # no such card, or a bad one
+        return str(error)
     strange = sorted(set(example.gold_facts) - set(example.facts))
     if example.label not in labels:
         return f"label {example.label!r} is none of {', '.join(labels)}"
