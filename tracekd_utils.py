@@ -682,10 +682,11 @@ def student_folder(name: str) -> str:
     check_student(name)
     if name not in STUDENTS:
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
-        instead = "give a local folder as student"
         if Path(name).is_dir():
             return name
-        return str(fetch(name, "model", PINS.get(name, ""), patterns, instead))
+        return str(
+            fetch(name, "model", PINS.get(name, ""), patterns, "give a local folder as student")
+        )
     folder = RAW / "students" / name
     with FileLock(f"{folder}.lock"):
         if not (folder / "complete").exists():
@@ -1124,9 +1125,10 @@ def run_notebook(
     which = [str(values[key]) for key in ("condition", "seed", "run_id") if values.get(key)]
     output = RUNS / "notebooks" / values.get("study", "") / f"{'-'.join([name, *which])}.ipynb"
     output.parent.mkdir(parents=True, exist_ok=True)
-    streams = {"stdout_file": _Lines(on_line), "progress_bar": False}
+    options = {"stdout_file": _Lines(on_line), "progress_bar": False}
+    options["extra_arguments"] = ["--IPKernelApp.log_level=40"]  # no notice about its port
     try:
-        papermill.execute_notebook(str(_code_of(name).path), str(output), parameters, **streams)
+        papermill.execute_notebook(str(_code_of(name).path), str(output), parameters, **options)
     except PapermillExecutionError as error:
         raise RuntimeError(f"{name} failed ({output}): {error.ename}: {error.evalue}") from None
     return output
