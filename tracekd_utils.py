@@ -684,9 +684,8 @@ def student_folder(name: str) -> str:
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
         if Path(name).is_dir():
             return name
-        return str(
-            fetch(name, "model", PINS.get(name, ""), patterns, "give a local folder as student")
-        )
+        instead = "give a local folder as student"
+        return str(fetch(name, "model", PINS.get(name, ""), patterns, instead))
     folder = RAW / "students" / name
     with FileLock(f"{folder}.lock"):
         if not (folder / "complete").exists():
@@ -1160,8 +1159,8 @@ def condition_colours() -> dict[str, tuple]:
     """One colour a condition, the same in all figures."""
     import seaborn
 
-    first = ["correct", "incorrect", "vanilla"]  # the most distinct ones
-    names = [*first, *(name for name in conditions() if name not in first)]
+    # the first three colours are the most distinct ones
+    names = dict.fromkeys(["correct", "incorrect", "vanilla", *conditions()])
     palette = [*seaborn.color_palette("colorblind"), *seaborn.color_palette("dark")]
     return dict(zip(names, palette, strict=False))
 
@@ -1232,10 +1231,7 @@ def percent(found: dict) -> str:
 
 
 def show_example(example: Example, outputs: dict[str, str] | None = None, note: str = ""):
-    """HTML of one item: story with its gold facts marked, question, gold, and outputs by name.
-
-    All text is escaped. Where the card says that the text is private, id and note stand alone.
-    """
+    """HTML of one item, escaped: story, question, gold, outputs by name; no text that is private."""
     from IPython.display import HTML
 
     head = f"<b>{html.escape(note)}</b> <code>{html.escape(example.id)}</code>"
