@@ -1231,7 +1231,7 @@ def percent(found: dict) -> str:
 
 
 def show_example(example: Example, outputs: dict[str, str] | None = None, note: str = ""):
-    """HTML of one item, escaped: story, question, gold, outputs by name; no text that is private."""
+    """HTML of one item, escaped: story, question, gold, outputs by name; no private text."""
     from IPython.display import HTML
 
     head = f"<b>{html.escape(note)}</b> <code>{html.escape(example.id)}</code>"
