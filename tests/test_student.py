@@ -9,6 +9,7 @@ import zipfile
 from collections import defaultdict
 from functools import cache
 from importlib import import_module
+from types import SimpleNamespace
 
 import pandas as pd
 import papermill.cli
@@ -318,6 +319,87 @@ def test_an_adapter_is_merged_into_the_dequantised_base(trained, rows):
     ids = torch.tensor([tk.encode_prompt(tokenizer, rows[0]["prompt"])])
     with torch.no_grad():
         assert not torch.allclose(model(ids).logits, base(ids).logits, atol=1e-2)
+
+
+@pytest.fixture
+def training_file(monkeypatch, tmp_path, corrupter, microworld):
+    """03 in a study, examples by id, rows that fit, a writer of rows, and the calls of 02."""
+    monkeypatch.setattr(tk, "INTERIM", tmp_path / "interim")
+    monkeypatch.setattr(tk, "RESULTS", tmp_path / "results")
+    pool, parts = corrupter.Pool(microworld), microworld[:4]
+    rows = [
+        {
+            "id": e.id,
+            "split": "train",
+            "prompt": tk.render_prompt(e),
+            "target": tk.render_target(e, corrupter.make_trace(e, "correct", pool)),
+        }
+        for e in parts
+    ]
+    path = tk.sft_path("microworld", "controlled", "correct", 1.0, 0)
+    calls, made = [], []
+
+    def run_notebook(name, **given):
+        calls.append((name, given))
+        if made:
+            tk.write_jsonl(path, made)
+
+    study = notebook_functions("03_finetune_student", study="s")
+    monkeypatch.setattr(tk, "run_notebook", run_notebook)
+    monkeypatch.setattr(tk, "ROOT", tmp_path)
+    return SimpleNamespace(
+        study=study,
+        examples={e.id: e for e in parts},
+        rows=rows,
+        path=path,
+        calls=calls,
+        made=made,
+    )
+
+
+def test_missing_rows_are_made_with_the_sizes_of_the_study(training_file):
+    t = training_file
+    checks = {"dataset": "microworld", "protocol": "controlled", "dose": 1.0, "seed": 0}
+    checks |= {"student": "smollm2-135m", "rows": {"train": 4}}
+    tk.write_json(tk.RESULTS / "s" / "manipulation_checks-dose1-seed0.json", checks)
+    t.made.extend(t.rows)
+    assert t.study.ensure_rows(t.examples) == t.rows
+    ((name, given),) = t.calls
+    assert name == "02_corrupt_traces" and given["conditions"] == "correct"
+    assert (given["study"], given["n_train"]) == ("s", 4) and "n_test" not in given
+    assert t.study.ensure_rows(t.examples) == t.rows and len(t.calls) == 1
+    tk.write_jsonl(t.path, t.rows[:3])  # fewer than the study has
+    assert t.study.ensure_rows(t.examples) == t.rows and len(t.calls) == 2
+
+
+@pytest.mark.parametrize("change", [{"id": "microworld/train/none"}, {"prompt": "Where is Bob?"}])
+def test_rows_of_other_examples_are_made_again_or_refused(training_file, change):
+    t = training_file
+    odd = [*t.rows[:3], {**t.rows[3], **change}]
+    tk.write_jsonl(t.path, odd)
+    with pytest.raises(ValueError, match=f"{t.path}: row {odd[3]['id']} .*run 02 again"):
+        t.study.ensure_rows(t.examples)
+    assert len(t.calls) == 1
+    t.made.extend(t.rows)
+    assert t.study.ensure_rows(t.examples) == t.rows and len(t.calls) == 2
+
+
+def test_the_form_of_the_targets_is_read_off_them(microworld, corrupter):
+    pool, parts = corrupter.Pool(microworld), microworld[:6]
+    examples = {e.id: e for e in parts}
+
+    def form(condition, layout="before"):
+        rows = []
+        for e in parts:
+            trace = corrupter.make_trace(e, condition, pool)
+            target = tk.render_target(e, trace, layout=layout)
+            rows.append({"id": e.id, "target": target})
+        return recipe.describe_targets(rows, examples)
+
+    assert form("correct") == {"layout": "before", "has_facts": True}
+    assert form("correct", "after") == {"layout": "after", "has_facts": True}
+    assert form("vanilla") == {"layout": "none", "has_facts": False}
+    assert form("shuffled") == {"layout": "before", "has_facts": False}
 
 
 @pytest.fixture
