@@ -14,8 +14,8 @@ LLAMA_CHAT = (
     "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}"
     "{% endif %}{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\nToday is "
     "{{ date_string }}.<|eot_id|>{% for m in messages %}<|start_header_id|>{{ m['role'] }}"
-    "<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    "<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 # puts an empty block of thought before an answer without one
 QWEN3_CHAT = (
