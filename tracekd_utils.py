@@ -1103,6 +1103,7 @@ class _Lines(io.TextIOBase):
         self.on_line, self.rest = on_line, ""
 
     def write(self, text: str) -> int:
+        """Pass on the lines that are whole."""
         *whole, self.rest = (self.rest + text).split("\n")
         for line in whole:
             self.on_line(line.rstrip())
