@@ -338,6 +338,64 @@ def test_the_steps_start_released_and_end_corrected(nb, dataset):
     assert ((points["low"] <= points["estimate"]) & (points["estimate"] <= points["high"])).all()
 
 
+def quadrants(*counts):
+    return dict(zip(("TP", "FP", "FN", "TN"), counts, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("counts", "joint", "conditional", "chi_square", "phi"),
+    [  # CoTempQA, `correct`: released matrix and own gold as first published here
+        ((174, 244, 187, 345), "18.3%", "48.2% (43.1% to 53.3%, n 361)", 4.2, 0.07),
+        ((261, 248, 195, 245), "27.5%", "57.2% (52.7% to 61.7%, n 456)", 4.6, 0.07),
+        ((237, 140, 2, 571), "24.9%", "99.2% (97.0% to 99.8%, n 239)", 472.0, 0.70),
+        ((302, 133, 13, 502), "31.8%", "95.9% (93.1% to 97.6%, n 315)", 476.2, 0.71),
+    ],
+)
+def test_the_claims_of_a_matrix(nb, counts, joint, conditional, chi_square, phi):
+    found = nb.claim(quadrants(*counts))
+    assert found["n"] == sum(counts) and f"{found['joint']['estimate']:.1%}" == joint
+    assert tk.percent(found["conditional"]) == conditional
+    assert round(found["chi_square"], 1) == chi_square and round(found["phi"], 2) == phi
+    assert found["chi_square"] == pytest.approx(found["n"] * found["phi"] ** 2)
+
+
+def test_a_matrix_with_an_empty_margin_has_no_chi_square(nb):
+    found = nb.claim(quadrants(0, 324, 0, 52))
+    assert [found[k] for k in nb.MEASURED] == [None, None, None]
+    row = {"student": "s", "variant": "incorrect", "cells": "own gold", **found}
+    assert "a margin is empty" in nb.read_claim(row)
+
+
+def test_the_stated_share_is_a_joint_one(nb):
+    row = {"student": "s", "variant": "correct", "cells": "released matrix"}
+    text = nb.read_claim(row | nb.claim(quadrants(261, 248, 195, 245)))
+    assert "rounds to the stated 28%" in text and "above 3.841" in text
+    text = nb.read_claim(row | nb.claim(quadrants(34, 347, 71, 498)))
+    assert "stated" not in text and "below 3.841" in text
+
+
+CHI_SQUARE = {  # of the released matrices
+    "cotempqa": {(LLAMA, "correct"): 4.2, (LLAMA, "incorrect"): 2.9}
+    | {(QWEN, "correct"): 4.6, (QWEN, "incorrect"): 0.3},
+    "babi": {(LLAMA, "correct"): 0.0, (LLAMA, "incorrect"): None}
+    | {(QWEN, "correct"): 0.4, (QWEN, "incorrect"): None},
+}
+
+
+@pytest.mark.parametrize("dataset", ["cotempqa", "babi"])
+def test_the_committed_claims_follow_from_the_committed_matrices(nb, dataset):
+    folder = ROOT / "data/results/reaudit"
+    table = json.loads((folder / f"{dataset}.json").read_text())
+    details = json.loads((folder / f"{dataset}-details.json").read_text())
+    assert details["claims"] == nb.claims(table, details) and len(details["claims"]) == 12
+    released = {
+        (r["student"], r["variant"]): r["chi_square"] and round(r["chi_square"], 1)
+        for r in details["claims"]
+        if r["cells"] == "released matrix"
+    }
+    assert released == CHI_SQUARE[dataset]
+
+
 def test_the_committed_result_is_what_the_outputs_give(cotempqa, babi_audit):
     for found, name in ((cotempqa, "cotempqa"), (babi_audit, "babi")):
         path = ROOT / "data/results/reaudit" / f"{name}.json"
