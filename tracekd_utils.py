@@ -943,10 +943,7 @@ def find_room(name: str) -> str | None:
 
 
 def find_examples(name: str, study: str = "", report: Callable = print) -> list[Example]:
-    """Examples of a dataset; its notebook is run where they are missing.
-
-    They are made again, too, where they are not those that the study was made from.
-    """
+    """Examples of a dataset; its notebook makes those that are missing or of another study."""
     path = INTERIM / name / "examples.jsonl"
     record = RESULTS / (study or name) / "decomposition.json"
     made = read_json(record) if record.exists() else {}
@@ -966,7 +963,10 @@ def find_examples(name: str, study: str = "", report: Callable = print) -> list[
     defaults = notebook_defaults(room)
     given = {k: v for k, v in made.get("parameters", {}).items() if k in defaults}
     given |= {"dataset": name, "study": study or name}
-    run_notebook(room, on_line=report, **given)
+    said: list[str] = []
+    run_notebook(room, on_line=said.append, **given)
+    if not path.exists():
+        report("\n".join(said[-5:]))  # why there are none
     return read_examples(path)
 
 
