@@ -459,3 +459,16 @@ def test_every_condition_round_trips_on_any_story(facts, k, answer, seed):
         parsed = tk.parse_output(tk.render_target(story[0], trace, layout=layout), story[0])
         assert (parsed.trace, parsed.answers, parsed.layout) == (trace, (answer,), layout)
         assert (parsed.problems == ()) is (condition in CITES)
+
+
+def test_checks_of_another_student_do_not_replace_those_that_are_stored(tmp_path):
+    here = notebook_functions("02_corrupt_traces", student="org/other")
+    same = {"protocol": "controlled", "dose": 1.0, "seed": 0, "rows": {"train": 4}}
+    checks = {**same, "student": "org/other"}
+    assert here.choose_file(tmp_path, checks) == (tmp_path / "manipulation_checks.json", {})
+    stored = {**same, "student": "smollm2-135m", "conditions": {"correct": {}}}
+    tk.write_json(tmp_path / "manipulation_checks.json", stored)
+    path, kept = here.choose_file(tmp_path, checks)
+    assert (path.name, kept) == ("manipulation_checks-org-other.json", {})
+    tk.write_json(path, {**checks, "conditions": {"vanilla": {}}})
+    assert here.choose_file(tmp_path, checks) == (path, {"vanilla": {}})
