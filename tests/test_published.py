@@ -80,7 +80,7 @@ def test_the_untuned_student_gets_the_same_prompt(gold):
 
 
 def test_our_reading_of_babi_gives_the_authors_gold(gold, data_dir):
-    """Annotation and first question of each story as 01 reads them out of the raw files."""
+    """Annotation and first question of each story as 10 reads them out of the raw files."""
     reader = notebook_functions("10_decompose_babi", dataset="babi")
     ours = {
         (asked.facts, asked.question): (label, asked.answers, asked.gold_facts)
