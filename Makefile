@@ -27,7 +27,7 @@ test: venv
 	.venv/bin/ruff check .
 	$(PY) -m pytest -q tests
 
-# every figure from data/results/, without student or raw data, two notebooks at a time; a line
+# every figure from data/results/, without student or raw data, three notebooks at a time; a line
 # for each kind of file: the notebook that draws it, its output and parameters (0: what is saved)
 figures: venv
 	@mkdir -p data/runs
@@ -37,11 +37,10 @@ figures: venv
 	  -e 's,^\(.*\)/\(.*\)/interventions\.json,06_intervene_on_traces 06-\2 -r study \1 -r run_id \2,p' \
 	  -e 's,^calibration/calibration\.json,07_calibrate_instrument 07 -p n_studies 0,p' \
 	  -e 's,^stress/\(.*\)\.json,08_stress_the_parser 08-\1 -p n_outputs 0 -r source \1,p' \
-	  -e 's,^\(microworld\)/decomposition\.json,04_score_outputs 04 -r study \1,p' \
-  -e 's,^\(.*\)/speed\.json,90_benchmark_speed 90-\1 -p repeats 0 -r study \1,p' | sort -u | sed \
+	  -e 's,^\(.*\)/speed\.json,90_benchmark_speed 90-\1 -p repeats 0 -r study \1,p' | sort -ru | sed \
 	  -e 's,source published-,source published/,' \
 	  -e 's,\([^ ]*\) \([^ ]*\),notebooks/\1.ipynb data/runs/\2.ipynb,' | \
-	  TRACEKD_DATA_DIR= HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MPLBACKEND=agg xargs -L 1 -P 2 $(RUN)
+	  TRACEKD_DATA_DIR= HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MPLBACKEND=agg xargs -L 1 -P 3 $(RUN)
 
 # every notebook again from its own defaults, in reading order, in place
 notebooks: venv
