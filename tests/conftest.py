@@ -130,7 +130,7 @@ def corrupter():
     return notebook_functions("02_corrupt_traces")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def example():
     """One example whose scores can be worked out by hand."""
     return tk.Example(

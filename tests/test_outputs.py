@@ -539,26 +539,7 @@ def test_wrong_parameters_of_a_file_are_named(folders, example):
 
 
 @pytest.fixture(scope="module")
-def example_of_module():
-    return tk.Example(
-        id="microworld/test/x",
-        dataset="microworld",
-        split="test",
-        question="Where is the apple?",
-        label="object-place",
-        answers=("kitchen",),
-        facts=(
-            "Mary went to the garden.",
-            "Mary took the apple.",
-            "Mary went to the kitchen.",
-            "John did not take the ball.",
-        ),
-        gold_facts=("Mary took the apple.", "Mary went to the kitchen."),
-    )
-
-
-@pytest.fixture(scope="module")
-def mini(tmp_path_factory, example_of_module):
+def mini(tmp_path_factory, example):
     """Workspace with a waiting run, and what 04 said in four calls."""
     folder = make_workspace(tmp_path_factory.mktemp("mini"))
     students = folder / "data" / "raw" / "students"
@@ -574,7 +555,7 @@ def mini(tmp_path_factory, example_of_module):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("interim", "runs", "results"):
             patch.setattr(tk, name.upper(), folder / "data" / name)
-        items = save_items(example_of_module)
+        items = save_items(example)
         make_run(items)
         run("-p", "study", "mini")
         make_run(items, [*TEXTS.values()][:5] + [TEXTS["TP"]], device="cpu torch.bfloat16")
