@@ -31,6 +31,8 @@ TEXTS = {  # by what it is; ids are microworld/test/0, 1, …
     "nothing": "",
 }
 
+FACTS = {"parameters": {"protocol": "published"}, "layout": "before", "has_facts": True}
+
 
 @pytest.fixture
 def functions():
@@ -103,7 +105,9 @@ def make_run(items, texts=None, run_id=RUN_ID, **changes):
 def score_run(functions, source):
     """Rows and metrics of all outputs of a source."""
     rows = [
-        functions.score_output(text, source.items[key], source.facts, source.known[key])
+        functions.score_output(
+            text, source.items[key], source.facts, source.known[key], source.names[key]
+        )
         for key, text in source.texts.items()
     ]
     return rows, functions.metrics_of(rows, source.facts)
@@ -355,9 +359,75 @@ def test_published_gold_comes_from_the_training_file(functions, folders, example
     with pytest.raises(FileNotFoundError, match="correct-dose1-seed0"):
         functions.find_items(given)
     tk.write_jsonl(path, [{"id": items[0].id, "gold_facts": ["Mary went to the garden."]}])
-    found = functions.find_items(given)
+    found, names = functions.find_items(given)
     assert found[items[0].id].gold_facts == ("Mary went to the garden.",)
     assert found[items[1].id] == items[1]
+    # its name is that of the example: runs of both protocols are about the same item
+    assert set(names.values()) == {tk.item_of(items[0])}
+    row = functions.score_output("", found[items[0].id], FACTS, {}, names[items[0].id])
+    assert row["item"] == tk.item_of(items[0])
+
+
+# ------------------------------------------------------ the item that a row is about
+
+
+def other_seed(items):
+    """The same ids under another seed of the dataset's notebook: one has another question."""
+    asked = replace(items[2], question="Where is the ball?")
+    tk.save_examples("microworld", [*items[:2], asked, *items[3:]])
+    return tk.item_of(items[2]), tk.item_of(asked)
+
+
+def test_rows_name_the_item_and_another_one_stops(functions, folders, example):
+    items = save_items(example)
+    make_run(items)
+    (run,) = score_waiting(functions)
+    assert [row["item"] for row in run.rows] == [tk.item_of(item) for item in items]
+    one, two = other_seed(items)
+    path = tk.RESULTS / "mini" / RUN_ID / "predictions.parquet"
+    with pytest.raises(ValueError, match="names two questions.*make the examples") as error:
+        functions.read_stored(tk.study_runs("mini")[0])
+    for part in (str(path), f"id {items[2].id} is item {one}", f"item {two}"):
+        assert part in str(error.value)
+
+
+def test_a_run_made_again_on_other_items_is_not_compared(functions, folders, example):
+    items = save_items(example)
+    make_run(items)
+    score_waiting(functions)
+    stored = tk.RESULTS / "mini" / RUN_ID
+    before = {p.name: p.read_bytes() for p in stored.iterdir()}
+    other_seed(items)
+    make_run(items)
+    with pytest.raises(ValueError, match="the outputs made again"):
+        score_waiting(functions)
+    assert {p.name: p.read_bytes() for p in stored.iterdir()} == before
+
+
+def test_a_file_of_anybody_may_name_its_items(folders, example):
+    items = save_items(example)
+    rows = [{"id": item.id, "item": tk.item_of(item), "output": "kitchen"} for item in items]
+    path = tk.write_jsonl(folders / "theirs.jsonl", rows)
+    functions = anybody(outputs=str(path))
+    assert len(functions.collect()[0].texts) == len(items)
+    other_seed(items)
+    with pytest.raises(ValueError, match=f"{items[2].id}.*theirs.jsonl.*names two questions"):
+        functions.collect()
+
+
+def test_every_stored_row_names_the_item_of_its_study(monkeypatch):
+    """The same id is the same item in all runs of a study; microworld's are made anew."""
+    monkeypatch.setattr(tk, "RESULTS", ROOT / "data" / "results")
+    named, counted = {}, 0
+    for path in sorted(tk.RESULTS.glob("*/*/predictions.parquet")):
+        items = {row["id"]: row["item"] for row in tk.read_parquet(path)}
+        counted += len(items)
+        tk.check_items(study=named.setdefault(path.parts[-3], dict(items)), run=items)
+        named[path.parts[-3]] |= items
+    examples = notebook_functions("01_decompose_microworld").make_microworld(400, 48, 400)
+    today = {e.id: tk.item_of(e) for e in examples if e.split == "test"}
+    assert named["microworld"] == today
+    assert counted > 17_700
 
 
 # ------------------------------------------------------------------------- damaged files
