@@ -1027,7 +1027,9 @@ def _name_arm(p: dict[str, Any], others: list[dict[str, Any]]) -> str:
     for key in ("student", "protocol"):
         if p[key] != "controlled" and len({other[key] for other in others}) > 1:
             name += f", {p[key].rpartition('/')[2]}"
-    return name
+    if p.get("loss", "completion") != "completion":
+        name += f", loss {p['loss']}"
+    return name + (f", temperature {p['temperature']:g}" if p.get("temperature") else "")
 
 
 def study_runs(study: str) -> list[StoredRun]:

@@ -501,3 +501,95 @@ def test_third_party_callables_take_our_keywords(name):
 def test_papermill_takes_our_options():
     options = {o for p in papermill.cli.papermill.params for o in p.opts}
     assert {"--log-output", "--progress-bar", "-y", "-p", "-r"} <= options
+
+
+# ------------------------------------------------------------------------------- the loss
+THOUGHT = "<think>Question type: person-place\nFacts:\n- Mary went to the garden.</think>"
+ANSWER = "<answer>garden</answer>"
+LOSSES = ("completion", "balanced", "answer", "trace")
+
+
+def with_loss(loss):
+    return notebook_functions("03_finetune_student", loss=loss)
+
+
+def parts_of(plain, loss, target):
+    """(text, weights) of the tokens of a row that the loss sees."""
+    tokenizer = plain[1]
+    row = {"prompt": "Question: Where is Mary?\n", "target": target}
+    coded = with_loss(loss).encode_row(tokenizer, row)
+    seen = [(i, m) for i, m in zip(coded["input_ids"], coded["mask"], strict=True) if m]
+    return tokenizer.decode([i for i, _ in seen]), [m for _, m in seen]
+
+
+@pytest.mark.parametrize("target", [f"{THOUGHT}\n{ANSWER}", f"{ANSWER}\n{THOUGHT}"])
+def test_a_loss_sees_the_part_of_its_name(plain, target):
+    end = plain[1].eos_token
+    whole, weights = parts_of(plain, "completion", target)
+    assert whole == target + end and set(weights) == {1}
+    answer, weights = parts_of(plain, "answer", target)
+    assert answer.replace("\n", "") == ANSWER + end and set(weights) == {1}
+    trace, weights = parts_of(plain, "trace", target)
+    assert trace.strip() == THOUGHT and set(weights) == {1}
+    balanced, weights = parts_of(plain, "balanced", target)
+    low, high = sorted(set(weights))
+    n = len(weights)
+    assert balanced == whole and weights.count(low) * low == pytest.approx(n / 2)
+    assert weights.count(high) * high == pytest.approx(n / 2)
+
+
+def test_a_target_without_a_trace_is_all_answer(plain):
+    whole = parts_of(plain, "completion", ANSWER)
+    assert parts_of(plain, "answer", ANSWER) == parts_of(plain, "balanced", ANSWER) == whole
+    with pytest.raises(ValueError, match="no trace"):
+        parts_of(plain, "trace", ANSWER)
+
+
+def test_a_weighted_loss_by_hand_on_two_tokens(plain):
+    # of three tokens the last two are seen; their probabilities are 1/2 and 1/8
+    logits = torch.tensor([[[0.0, 0.0], [math.log(7), 0.0], [9.0, 9.0]]])
+    ids, mask = torch.tensor([[1, 0, 1]]), torch.tensor([[0.0, 0.5, 1.5]])
+    found = recipe.completion_loss(logits, ids, mask)
+    assert found.item() == pytest.approx((0.5 * math.log(2) + 1.5 * math.log(8)) / 2)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_what_is_trained_is_the_loss_by_hand(plain, rows, loss):
+    model, tokenizer = plain
+    taught = with_loss(loss)
+    coded = taught.code_rows(tokenizer, rows[:6])
+    batch = taught.collate(coded, tokenizer.pad_token_id)
+    masks = torch.nn.utils.rnn.pad_sequence([torch.tensor(r["mask"]) for r in coded], True, 0)
+    with torch.no_grad():
+        found, _ = taught.loss_of(model, batch)
+        by_hand = taught.completion_loss(
+            model(batch["input_ids"]).logits, batch["input_ids"], masks
+        )
+    assert found.item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_a_balanced_training_goes_through_the_trainer(rows, tmp_path):
+    found = {}
+    for loss in ("balanced", "completion"):
+        taught = with_loss(loss)
+        model, tokenizer = tk.load_student("tiny")
+        train = taught.code_rows(tokenizer, rows[:8])
+        model = taught.add_lora(model, make_lora(rank=4), 0)
+        arguments = taught.training_arguments(
+            tmp_path / loss,
+            2,
+            seed=0,
+            learning_rate=5e-4,
+            per_device_train_batch_size=4,
+            save_strategy="no",
+            eval_strategy="steps",
+        )
+        trainer = taught.make_trainer(model, tokenizer.pad_token_id, train, train, arguments, 1)
+        first = taught.collate(train, tokenizer.pad_token_id)
+        model.eval()
+        with torch.no_grad():
+            expected = taught.loss_of(model, first)[0].item()
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
+        trainer.train()
+        found[loss] = expected
+    assert found["balanced"] != pytest.approx(found["completion"], rel=1e-4)
