@@ -32,6 +32,7 @@ from typing_extensions import TypedDict
 
 if TYPE_CHECKING:
     import pandas as pd
+    from pandas.io.formats.style import Styler
 
 # ------------------------------------------------------------------------------------ paths
 ROOT = Path(__file__).resolve().parent
@@ -110,23 +111,16 @@ def dataset(name: str) -> Dataset:
 @functools.lru_cache(maxsize=64)
 def _read_card(path: Path, name: str, changed: int) -> Dataset:
     """Read one card; `changed` is the file's time, so that an edited file is read again."""
-    from pydantic import TypeAdapter, ValidationError
-
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-        if path == CARDS:
-            table = table[name]
-        return TypeAdapter(Dataset).validate_python({**table, "name": name})
-    except KeyError:
-        return refuse("dataset", name, dataset_names())
-    except ValidationError as error:
-        faults = [f"field {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        allowed = [field.name for field in dataclasses.fields(Dataset)]
-        raise ValueError(
-            f"{path}, entry {name}: {'; '.join(faults)}; allowed fields: {', '.join(allowed)}"
-        ) from None
     except ValueError as error:
         raise ValueError(f"{path} is no TOML: {error}; correct the file") from None
+    if path == CARDS and name not in table:
+        refuse("dataset", name, dataset_names())
+    fields = table[name] if path == CARDS else table
+    allowed = ", ".join(field.name for field in dataclasses.fields(Dataset))
+    where, advice = f"{path}, entry {name}", f"allowed fields: {allowed}"
+    return check_type(Dataset, {**fields, "name": name}, where, advice, strict=False)
 
 
 # ---------------------------------------------------------------------- examples and traces
@@ -223,16 +217,11 @@ def check_example(example: Example, where: str) -> Example:
 
 def read_examples(path: str | Path) -> list[Example]:
     """Read and check `examples.jsonl`; ids must be unique, and there must be rows."""
-    from pydantic import TypeAdapter, ValidationError
-
-    schema, examples = TypeAdapter(Example), {}
+    examples = {}
     for number, row in enumerate(read_jsonl(path), start=1):
         where = f"{path}, row {number}"
-        try:
-            example = check_example(schema.validate_python(row), where)
-        except ValidationError as error:
-            faults = [f"{e['loc']} = {e['input']!r}: {e['msg']}" for e in error.errors()]
-            raise ValueError(f"{where}: {'; '.join(faults)}; make the examples again") from None
+        example = check_type(Example, row, where, "make the examples again", strict=False)
+        check_example(example, where)
         if example.id in examples:
             raise ValueError(f"{where}: id {example.id!r} stands twice")
         examples[example.id] = example
@@ -292,6 +281,31 @@ def _read_object(text: bytes, where: str) -> dict:
         f"{where}: expected one JSON object in UTF-8, found {text[:60]!r} ({error}); "
         "write the file again"
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _type_adapter(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def check_type(kind: Any, value: Any, where: str, advice: str, strict: bool = True) -> Any:
+    """`value` as a `kind` (dataclass, TypedDict), checked by pydantic.
+
+    ValueError names `where`, each field with what was found there, and `advice`. Not `strict`:
+    a list may stand for a tuple.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return _type_adapter(kind).validate_python(value, strict=strict)
+    except ValidationError as error:
+        faults = []
+        for e in error.errors()[:5]:
+            field = ".".join(map(str, e["loc"]))
+            faults.append(f"field {field}: {e['msg']}, found {e['input']!r:.60}")
+        raise ValueError(f"{where}: {'; '.join(faults)}; {advice}") from None
 
 
 def _existing(path: str | Path) -> Path:
@@ -574,50 +588,6 @@ def resolve_device(dtype: str = "auto") -> dict:
     return {"device": device, "dtype": slow, "reason": f"{found} has no fast bf16"}
 
 
-def _download(repo: str, kind: str, pin: str, patterns: list[str]) -> Path:
-    """Files of a hub repository at the commit that `pin` begins, checked against its hashes.
-
-    The commit is recorded in data/raw/hub when all was checked; later calls take that one.
-    """
-    from huggingface_hub import HfApi, is_offline_mode, snapshot_download
-
-    record = RAW / "hub" / f"{kind}--{repo.replace('/', '--')}"
-    known = record.read_text() if record.exists() else ""
-    commit = known if known.startswith(pin) else pin
-    if len(commit) < 40:
-        commits = [c.commit_id for c in HfApi().list_repo_commits(repo, repo_type=kind)]
-        commit = next((c for c in commits if c.startswith(pin)), pin)
-    at = {"repo_id": repo, "repo_type": kind, "revision": commit}
-    folder = Path(snapshot_download(**at, allow_patterns=patterns))
-    if commit != known and not is_offline_mode():
-        for odd in HfApi().verify_repo_checksums(**at).mismatches:
-            (folder / odd["path"]).resolve().unlink()  # or it would be taken again
-            raise OSError("{path}: {algorithm} is {actual}, not {expected}".format(**odd))
-        write_atomic(record, commit)
-    return folder
-
-
-def fetch(repo: str, kind: str, pin: str, patterns: list[str], instead: str) -> Path:
-    """Folder with files of a hub repository (`kind`: model or dataset), hashes checked.
-
-    RuntimeError names the commit, what to do, and `instead` of a download.
-    """
-    from huggingface_hub.errors import HTTPError
-
-    gated = "accept the licence on its page, then set HF_TOKEN or run `hf auth login`"
-    advice = {401: gated, 403: gated, 404: "no such repository, commit or file"}
-    otherwise = "is there a network? HF_HUB_OFFLINE=1 takes what the hub's cache holds"
-    try:
-        return _download(repo, kind, pin, patterns)
-    except (OSError, ValueError, HTTPError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", 0)
-        detail = f"{type(error).__name__}: " + " ".join(str(error).split())
-        raise RuntimeError(
-            f"{repo} at {pin or 'main'} was not fetched: {advice.get(status, otherwise)}; or "
-            f"{instead} ({detail})"
-        ) from None
-
-
 def student_folder(name: str) -> str:
     """Folder of a student; embedded ones are made on first use, those of the hub fetched."""
     from filelock import FileLock
@@ -629,7 +599,9 @@ def student_folder(name: str) -> str:
         if Path(name).is_dir():
             return name
         instead = "give a local folder as student"
-        return str(fetch(name, "model", PINS.get(name, ""), patterns, instead))
+        return str(
+            lesson("10_decompose_babi").fetch(name, "model", PINS.get(name, ""), patterns, instead)
+        )
     folder = RAW / "students" / name
     with FileLock(f"{folder}.lock"):
         if not (folder / "complete").exists():
@@ -746,6 +718,7 @@ def _run_lesson(changed: int, name: str, parameters: tuple) -> SimpleNamespace:
 
 # code that stands where it is taught: `tk.score` is the function `score` of 30_read_outputs
 TAUGHT_IN = {
+    "10_decompose_babi": ("fetch",),
     "03_finetune_student": (
         "collate",
         "training_order",
@@ -940,9 +913,16 @@ class Run:
 
     @property
     def is_trained(self) -> bool:
-        """Is nothing left to train?"""
-        trained = self.adapter.exists() and (self.folder / "training.json").exists()
-        return trained or self.parameters["condition"] in UNTRAINED
+        """Is nothing left to train? An adapter that is empty or cut short is none."""
+        from safetensors import SafetensorError, safe_open
+
+        if self.parameters["condition"] in UNTRAINED:
+            return True
+        try:
+            with safe_open(self.adapter, framework="numpy"):
+                return (self.folder / "training.json").exists()
+        except (OSError, SafetensorError):
+            return False
 
 
 def resolve_run(parameters: dict[str, Any]) -> Run:
@@ -986,6 +966,20 @@ def make_run_id(parameters: dict[str, Any], data_hash: str) -> str:
     return "-".join(parts)
 
 
+RESTORE = "restore this run's folder, or remove it and score the run again (04)"
+
+
+class _Fields(dict):
+    """Fields of a file; one that is missing is a ValueError that names file and field."""
+
+    def __init__(self, path: Path, fields: dict[str, Any]):
+        super().__init__(fields)
+        self.path = path
+
+    def __missing__(self, name: str) -> None:
+        raise ValueError(f"{self.path}: field {name} is missing; {RESTORE}")
+
+
 @dataclasses.dataclass(kw_only=True)
 class StoredRun:
     """A scored run of a study, as its files in data/results/<study>/<run_id>/ tell it."""
@@ -1000,10 +994,8 @@ class StoredRun:
 
     @functools.cached_property
     def frame(self) -> pd.DataFrame:
-        """One row a test item: output, scores, quadrant, finished."""
-        import pandas as pd
-
-        return pd.DataFrame(read_parquet(self.folder / "predictions.parquet"))
+        """One row a test item: output, scores, quadrant, finished; checked as 00 teaches."""
+        return lesson("00_run_study").read_predictions(self)
 
     @functools.cached_property
     def curve(self) -> pd.DataFrame | None:
@@ -1016,9 +1008,17 @@ class StoredRun:
 
 def _read_run(path: Path) -> StoredRun:
     metrics = read_json(path)
-    p = metrics["parameters"]
+    check_type(lesson("00_run_study").Metrics, metrics, str(path), RESTORE)
+    p = _Fields(path, metrics["parameters"])
+    metrics = _Fields(path, metrics | {"parameters": p})
     known = {name: p[name] for name in ("condition", "seed", "dose")}
     return StoredRun(folder=path.parent, metrics=metrics, parameters=p, **known)
+
+
+def check_runs(runs: Iterable[StoredRun]) -> None:
+    """Raise `ValueError` where runs that are going to be joined by id have other items."""
+    frames = {run.folder.name: run.frame for run in runs}
+    check_items(**{name: dict(zip(f["id"], f["item"], strict=True)) for name, f in frames.items()})
 
 
 def _name_arm(p: dict[str, Any], others: list[dict[str, Any]]) -> str:
@@ -1188,19 +1188,37 @@ def percent(found: dict) -> str:
     return "{estimate:.1%} ({low:.1%} to {high:.1%}, n {n})".format(**found)
 
 
+def plain(text: Any) -> str:
+    """Text of a model or a file for Markdown or HTML: it shows as it is.
+
+    No tag, no mark of Markdown, no formula comes out of it.
+    """
+    marks = re.sub(r"[^\w\s.,:;()%/+–-]|_", lambda m: f"&#{ord(m[0])};", str(text))
+    return marks.replace("&#36;", "<span>&#36;</span>")  # a `$` alone starts no formula
+
+
+def show_table(table: pd.DataFrame, caption: str = "", index: bool = True, **how: Any) -> Styler:
+    """A table with its caption, all text as it is; `how`: `formatter`, `precision`, `na_rep`."""
+    style = table.style.format(escape="html", **({"na_rep": "–"} | how))
+    style = style.format_index(escape="html", axis=0).format_index(escape="html", axis=1)
+    style.set_table_attributes('class="tex2jax_ignore mathjax_ignore"')
+    shown = style.set_caption(html.escape(caption))
+    return shown if index else shown.hide(axis="index")
+
+
 def show_example(example: Example, outputs: dict[str, str] | None = None, note: str = ""):
     """HTML of one item, escaped: story, question, gold, outputs by name; no private text."""
     from IPython.display import HTML
 
-    head = f"<b>{html.escape(note)}</b> <code>{html.escape(example.id)}</code>"
+    head = f"<b>{plain(note)}</b> <code>{plain(example.id)}</code>"
     if dataset(example.dataset).private:
         return HTML(f"{head}<br>(the text may not be passed on)")
     facts = []
     for fact in example.facts:
-        text = html.escape(fact[:1500])
+        text = plain(fact[:1500])
         facts.append(f"<u>{text}</u>" if fact in example.gold_facts else text)
     gold = f"{example.label}, the underlined facts → {'; '.join(example.answers)}"
-    story = f"{head}<br>{' '.join(facts)}<br><i>{html.escape(example.question)}</i> gold: "
+    story = f"{head}<br>{' '.join(facts)}<br><i>{plain(example.question)}</i> gold: "
     said = [f"{name}: {text[:600]}" for name, text in (outputs or {}).items()]
     shown = "".join(f"<pre>{html.escape(text)}</pre>" for text in said)
-    return HTML(story + html.escape(gold) + shown)
+    return HTML(story + plain(gold) + shown)
