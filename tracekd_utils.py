@@ -79,6 +79,7 @@ class Dataset:
     epochs: int
     answers: Literal["all", "any"]
     separators: tuple[str, ...]
+    ordered: tuple[str, ...] = ()
     private: bool = False
     max_new_tokens: int = 96
     batch_size: int = 8
@@ -352,18 +353,37 @@ def read_parquet(path: str | Path) -> list[dict]:
 
 
 # ------------------------------------------------------------------------------------- text
-LONGEST = 20_000  # characters read of an output: normalisation is quadratic on hostile text
+LONGEST = 20_000  # characters read of an output, and of a text that is normalised
+# a number with its sign and its inner marks, or a word
+WORD = re.compile(r"(?:(?<![\w.,)\]])-)?\d+(?:[.,:/]\d+)*\w*|\w+")
+THOUSANDS = re.compile(r"(?<![\w.,:/])\d{1,3}(?:,\d{3})+(?![\d,:/])")
+# Unicode's stream-safe form (UAX 15) has at most 30 combining marks in a row; without the limit
+# normalisation takes quadratic time
+MANY_MARKS = re.compile(r"((?:[^\w\s\x00-\x7f]|[\uff9e\uff9f]){30})(?:[^\w\s\x00-\x7f]|[\uff9e\uff9f])+")
+
+
+def compatible(text: str) -> str:
+    """The first `LONGEST` characters in Unicode's form NFKC, in linear time."""
+    text = MANY_MARKS.sub(r"\1", text[:LONGEST])
+    return unicodedata.normalize("NFKC", text)[:LONGEST]
 
 
 def whole_word(answer: str) -> re.Pattern:
-    """Pattern of an answer as a whole word or phrase, upper or lower case."""
-    return re.compile(rf"(?<!\w){re.escape(answer)}(?!\w)", re.IGNORECASE)
+    """Pattern of an answer as a whole word or phrase, upper or lower case; no part of a number."""
+    before = r"(?<!\w)(?<!\d[.,:/])" if answer[:1].isdigit() else r"(?<!\w)"
+    after = r"(?!\w|[.,:/]\d)" if answer[-1:].isdigit() else r"(?!\w)"
+    return re.compile(f"{before}{re.escape(answer)}{after}", re.IGNORECASE)
 
 
 @functools.lru_cache(maxsize=100_000)
 def normalise(text: str) -> str:
-    """Words of a text in lower case, joined by one space (Unicode NFKC, no marks)."""
-    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text[:LONGEST]).casefold()))
+    """Words of a text in lower case, joined by one space (Unicode NFKC, no marks).
+
+    A number is one word: `-2`, `3.5`, `1/2` and `10:30` stay whole, `1,000` is `1000`.
+    """
+    text = compatible(text).casefold().replace("\u2212", "-").replace("\u2044", "/")
+    text = THOUSANDS.sub(lambda m: m[0].replace(",", ""), text)
+    return " ".join(WORD.findall(text))
 
 
 def holds(text: str, phrase: str) -> bool:
@@ -588,28 +608,6 @@ def resolve_device(dtype: str = "auto") -> dict:
     return {"device": device, "dtype": slow, "reason": f"{found} has no fast bf16"}
 
 
-def student_folder(name: str) -> str:
-    """Folder of a student; embedded ones are made on first use, those of the hub fetched."""
-    from filelock import FileLock
-
-    quiet()
-    check_student(name)
-    if name not in STUDENTS:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
-        if Path(name).is_dir():
-            return name
-        instead = "give a local folder as student"
-        return str(
-            lesson("10_decompose_babi").fetch(name, "model", PINS.get(name, ""), patterns, instead)
-        )
-    folder = RAW / "students" / name
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "complete").exists():
-            lesson("31_run_students").MAKERS[name](folder)
-            write_atomic(folder / "complete", "")
-    return str(folder)
-
-
 def quiet() -> None:
     """Keep the libraries' progress bars and notices out of a notebook's output."""
     import logging
@@ -644,9 +642,9 @@ def check_protocol(protocol: str) -> None:
 
 
 def check_student(name: str) -> None:
-    """Raise `ValueError` unless the name is an embedded student or has the `/` of a hub id."""
-    if name not in STUDENTS and "/" not in name:
-        refuse("student", name, STUDENTS, ", or a hub id or folder with a `/`")
+    """Raise `ValueError` unless the name is an embedded student, a hub id or a folder."""
+    if name not in STUDENTS:
+        lesson("31_run_students").find_folder(name)
 
 
 class _Code(NamedTuple):
@@ -718,7 +716,7 @@ def _run_lesson(changed: int, name: str, parameters: tuple) -> SimpleNamespace:
 
 # code that stands where it is taught: `tk.score` is the function `score` of 30_read_outputs
 TAUGHT_IN = {
-    "10_decompose_babi": ("fetch",),
+    "00_run_study": ("fetch", "read_predictions"),
     "03_finetune_student": (
         "collate",
         "training_order",
@@ -738,7 +736,19 @@ TAUGHT_IN = {
         "quadrant",
         "quadrants",
     ),
-    "31_run_students": ("load_student", "encode_prompt", "encode_row", "end_tokens", "generate"),
+    "31_run_students": (
+        "find_student",
+        "student_folder",
+        "load_tokenizer",
+        "load_student",
+        "encode_prompt",
+        "encode_row",
+        "end_tokens",
+        "own_settings",
+        "check_ids",
+        "generate",
+        "decode_output",
+    ),
 }
 
 
@@ -930,6 +940,8 @@ def resolve_run(parameters: dict[str, Any]) -> Run:
     p, card = dict(parameters), dataset(parameters["dataset"])
     for name in ("epochs", "batch_size", "max_new_tokens"):
         p[name] = p[name] or getattr(card, name)
+    if p["student"] not in STUDENTS:  # a folder counts by its content
+        p["student"] = lesson("31_run_students").find_student(p["student"])
     path = sft_path(p["dataset"], p["protocol"], p["condition"], p["dose"], p["seed"])
     if not path.exists():
         raise FileNotFoundError(
@@ -1193,7 +1205,7 @@ def plain(text: Any) -> str:
 
     No tag, no mark of Markdown, no formula comes out of it.
     """
-    marks = re.sub(r"[^\w\s.,:;()%/+–-]|_", lambda m: f"&#{ord(m[0])};", str(text))
+    marks = re.sub(r"[&<>\"'`*_~|\\\[\]{}#$!^]", lambda m: f"&#{ord(m[0])};", str(text))
     return marks.replace("&#36;", "<span>&#36;</span>")  # a `$` alone starts no formula
 
 

@@ -69,7 +69,11 @@ def test_a_card_of_ones_own_is_found_and_read_again_when_it_changes(own):
         ("validation = 2, ", "", "field rows.validation: .*required"),
         ("validation = 2", "valid = 2", "field rows.valid"),
         ("epochs = 1", "epochs = ", " is no TOML"),
-        ("epochs = 1", 'epochs = 1\npublished = {context = "list"}', "field published.warmup"),
+        (
+            "epochs = 1",
+            'epochs = 1\npublished = {context = "list"}',
+            "field published.after_question: .*required.*field published.category",
+        ),
     ],
 )
 def test_a_bad_card_names_file_entry_field_and_what_is_allowed(own, old, new, message):
@@ -224,7 +228,7 @@ def test_points_with_intervals_stand_where_they_belong():
 def test_an_item_is_shown_escaped_and_a_private_one_not_at_all(example):
     hostile = "<script>alert(1)</script>"
     page = tk.show_example(example, {"correct": hostile}, note="<b>TP").data
-    assert hostile not in page and "&lt;script&gt;" in page and "&lt;b&gt;TP" in page
+    assert hostile not in page and "&lt;script&gt;" in page and "&#60;b&#62;TP" in page
     assert "<u>Mary took the apple.</u>" in page and "Where is the apple?" in page
     private = tk.Example(
         **{"id": "marco/1", "dataset": "marco", "split": "test", "question": "secret"},
