@@ -269,10 +269,18 @@ def write_jsonl(path: str | Path, rows: Iterable) -> Path:
     return write_atomic(path, "".join(lines))
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    """Fields of a JSON object, each once: of two, one would be lost in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a field stands twice among {[name for name, _ in pairs]}")
+    return found
+
+
 def _read_object(text: bytes, where: str) -> dict:
     """One JSON object in UTF-8; ValueError with `where` and what was found there."""
     try:
-        found = json.loads(text.decode("utf-8"))
+        found = json.loads(text.decode("utf-8"), object_pairs_hook=_object)
         if isinstance(found, dict):
             return found
         error = f"a {type(found).__name__}"
