@@ -142,9 +142,10 @@ def test_a_vanilla_target_holds_no_empty_thought(loaded, rows, path):
             assert [completion.count(t) for t in tags] == expected
             assert tokenizer.decode(completion) == target + "<|im_end|>"
             prompt = encode_prompt(path, tokenizer, r["example"])
-            assert ids[: len(prompt)] == prompt and not tokenizer.decode(prompt).endswith(
-                "</think>\n\n"
-            )
+            assert ids[: len(prompt)] == prompt
+            # the untuned student is told not to think: its template closes the thought
+            told = tokenizer.decode(prompt).endswith("<think>\n\n</think>\n\n")
+            assert told is (path == "chat")
 
 
 @EVERY_PATH
