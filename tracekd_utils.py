@@ -367,7 +367,9 @@ WORD = re.compile(r"(?:(?<![\w.,)\]])-)?\d+(?:[.,:/]\d+)*\w*|\w+")
 THOUSANDS = re.compile(r"(?<![\w.,:/])\d{1,3}(?:,\d{3})+(?![\d,:/])")
 # Unicode's stream-safe form (UAX 15) has at most 30 combining marks in a row; without the limit
 # normalisation takes quadratic time
-MANY_MARKS = re.compile(r"((?:[^\w\s\x00-\x7f]|[\uff9e\uff9f]){30})(?:[^\w\s\x00-\x7f]|[\uff9e\uff9f])+")
+MANY_MARKS = re.compile(
+    r"((?:[^\w\s\x00-\x7f]|[\uff9e\uff9f]){30})(?:[^\w\s\x00-\x7f]|[\uff9e\uff9f])+"
+)
 
 
 def compatible(text: str) -> str:
@@ -722,28 +724,19 @@ def _run_lesson(changed: int, name: str, parameters: tuple) -> SimpleNamespace:
     return SimpleNamespace(**names)
 
 
-# code that stands where it is taught: `tk.score` is the function `score` of 30_read_outputs
+# code that stands where it is taught: `tk.score` is the function `score` of 35_score_answers
 TAUGHT_IN = {
     "00_run_study": ("fetch", "read_predictions"),
     "03_finetune_student": (
         "collate",
         "training_order",
         "progress_callback",
-        "last_checkpoint",
         "speed_up_lora",
         "finetune",
     ),
     "05_analyse_disconnect": ("phi_coefficient", "stratified_association", "disconnect_statistics"),
     "09_reaudit_published": ("released_extract", "released_score"),
-    "30_read_outputs": (
-        "parse_output",
-        "read_answers",
-        "match_fact",
-        "token_f1",
-        "score",
-        "quadrant",
-        "quadrants",
-    ),
+    "30_read_outputs": ("parse_output", "read_answers", "take_answers"),
     "31_run_students": (
         "find_student",
         "student_folder",
@@ -756,7 +749,19 @@ TAUGHT_IN = {
         "check_ids",
         "generate",
         "decode_output",
+        "weigh",
+        "answer_weights",
+        "check_round_trip",
     ),
+    "36_keep_runs_whole": (
+        "read_rows",
+        "lock_folder",
+        "read_outputs",
+        "output_writer",
+        "last_checkpoint",
+        "half_written",
+    ),
+    "35_score_answers": ("match_fact", "token_f1", "score", "quadrant", "quadrants"),
 }
 
 
@@ -1220,7 +1225,8 @@ def plain(text: Any) -> str:
 def show_table(table: pd.DataFrame, caption: str = "", index: bool = True, **how: Any) -> Styler:
     """A table with its caption, all text as it is; `how`: `formatter`, `precision`, `na_rep`."""
     style = table.style.format(escape="html", **({"na_rep": "–"} | how))
-    style = style.format_index(escape="html", axis=0).format_index(escape="html", axis=1)
+    for axis in (0, 1):
+        style.format_index(escape="html", axis=axis).format_index_names(escape="html", axis=axis)
     style.set_table_attributes('class="tex2jax_ignore mathjax_ignore"')
     shown = style.set_caption(html.escape(caption))
     return shown if index else shown.hide(axis="index")

@@ -1,6 +1,8 @@
 """Cards, studies, and the other pieces of the helper that notebooks share."""
 
+import html
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 from conftest import ROOT, make_workspace
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 import tracekd_utils as tk
 
@@ -154,7 +157,150 @@ def test_the_identity_of_a_run_leaves_out_what_came_later_at_its_default():
     assert tk.make_run_id(p, "b" * 64) != name
 
 
+# ------------------------------------------------------------------------- a run's own files
+def scored_row(k, **changes):
+    right = k < 2
+    row = dict.fromkeys(tk.lesson("00_run_study").SHARES, right)
+    row |= {"quadrant": "TP" if right else "TN", "label": "size", "output": "x"}
+    return row | {"id": f"own/{k}", "item": f"{k:012x}"} | changes
+
+
+@pytest.fixture
+def scored(own):
+    """A study of one scored run of four items: (folder of the run, metrics, rows)."""
+    rows = [scored_row(k) for k in range(4)]
+    shares = dict.fromkeys(tk.lesson("00_run_study").SHARES, 0.5)
+    found = metrics("correct") | shares | {"n_test": 4, "layout": "before", "has_facts": True}
+    found |= {"quadrants": {"TP": 2, "FP": 0, "FN": 0, "TN": 2}, "run_id": "a", "data_hash": "x"}
+    folder = tk.RESULTS / "s" / "a"
+    tk.write_json(folder / "metrics.json", found)
+    tk.write_parquet(folder / "predictions.parquet", rows)
+    return folder, found, rows
+
+
+def test_a_whole_run_is_read(scored):
+    _, found, rows = scored
+    (run,) = tk.study_runs("s")
+    assert run.metrics == found and run.frame.to_dict("records") == rows
+    tk.check_runs([run, run])
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"run_id": "a"', b"\x93NUMPY\x01\x00"])
+def test_a_damaged_metrics_file_is_one_error(scored, content):
+    (scored[0] / "metrics.json").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"s/a/metrics\.json: (expected one JSON|field parameters)"
+    ):
+        tk.study_runs("s")
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"parameters": None}, "field parameters: .*found None.*restore"),
+        ({"parameters": {"dataset": "own"}}, "field parameters.student: .*required"),
+        ({"layout": "above"}, "field layout: .*'before'.*found 'above'"),
+        ({"has_facts": "yes"}, "field has_facts: .*boolean.*found 'yes'"),
+        ({"run_id": 3}, "field run_id: .*string"),
+    ],
+)
+def test_a_field_of_another_kind_is_named(scored, change, named):
+    tk.write_json(scored[0] / "metrics.json", scored[1] | change)
+    with pytest.raises(ValueError, match=rf"s/a/metrics\.json: {named}"):
+        tk.study_runs("s")
+
+
+@pytest.mark.parametrize("missing", ["layout", "n_test", "answer_ok", "quadrants"])
+def test_a_field_that_is_missing_is_named_when_it_is_needed(scored, missing):
+    left = {name: value for name, value in scored[1].items() if name != missing}
+    tk.write_json(scored[0] / "metrics.json", left)
+    (run,) = tk.study_runs("s")
+    with pytest.raises(ValueError, match=rf"metrics\.json: field {missing} is missing; restore"):
+        assert run.metrics[missing] and run.frame is not None
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda rows: [*rows, rows[1]], r"row 5: id 'own/1' stands twice"),
+        (lambda rows: rows[:3], r"metrics\.json: n_test is 4, but .* give 3"),
+        (lambda rows: [], "holds no row"),
+        (lambda rows: [{**r, "answer_ok": "yes"} for r in rows], "row 1: field answer_ok.*'yes'"),
+        (lambda rows: [*rows[:3], {**rows[3], "answer_ok": None}], "row 4: field answer_ok"),
+        (
+            lambda rows: [{k: v for k, v in r.items() if k != "output"} for r in rows],
+            "row 1.*output",
+        ),
+        (lambda rows: [{k: v for k, v in r.items() if k != "item"} for r in rows], "row 1.*item"),
+        (lambda rows: [*rows[:3], {**rows[3], "quadrant": "XX"}], "row 4: field quadrant.*'XX'"),
+        (lambda rows: [{**r, "id": k} for k, r in enumerate(rows)], "row 1: field id: .*string"),
+    ],
+    ids=["twice", "a row less", "none", "text", "null", "no output", "no item", "place", "number"],
+)
+def test_damaged_rows_are_one_error_with_row_and_field(scored, change, named):
+    folder, _, rows = scored
+    tk.write_parquet(folder / "predictions.parquet", change(rows))
+    with pytest.raises(ValueError, match=f"{named}.*(restore|run)"):
+        _ = tk.study_runs("s")[0].frame
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"answer_ok": 0.75},
+        {"trace_ok": None},
+        {"n_test": 5},
+        {"quadrants": None},
+        {"finished": "no"},
+    ],
+    ids=repr,
+)
+def test_a_number_that_does_not_follow_from_the_rows_is_said(scored, change):
+    folder, found, _ = scored
+    tk.write_json(folder / "metrics.json", found | change)
+    (name,) = change
+    with pytest.raises(ValueError, match=rf"metrics\.json: {name} is .*, but .*predictions.* give"):
+        _ = tk.study_runs("s")[0].frame
+
+
+def test_columns_that_came_later_do_no_harm(scored):
+    folder, _, rows = scored
+    tk.write_parquet(folder / "predictions.parquet", [{**row, "later": 1} for row in rows])
+    assert "later" in tk.study_runs("s")[0].frame
+
+
+def test_runs_of_other_items_are_not_joined(scored):
+    folder, found, rows = scored
+    other = tk.write_json(folder.with_name("b") / "metrics.json", found | metrics("incorrect"))
+    tk.write_parquet(
+        other.with_name("predictions.parquet"), [*rows[:3], scored_row(3, item="f" * 12)]
+    )
+    with pytest.raises(ValueError, match="id own/3 is item 000000000003 in a and item f{12} in b"):
+        tk.check_runs(tk.study_runs("s"))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08\x00\x00", b"text, no tensors"])
+def test_an_adapter_that_is_damaged_is_not_believed(own, content):
+    p = tk.notebook_defaults("03_finetune_student") | {"dataset": "own"}
+    run = tk.Run(run_id="a", data_hash="x", parameters=p, sft=own)
+    tk.write_json(run.folder / "training.json", {})
+    assert not run.is_trained
+    tk.write_atomic(run.adapter, content)
+    assert not run.is_trained
+    save_file({"x": np.ones((8, 8), np.float32)}, run.adapter)
+    assert run.is_trained
+    tk.write_atomic(run.adapter, run.adapter.read_bytes()[:-9])
+    assert not run.is_trained
+
+
 # ------------------------------------------------------------------------------------ files
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"a": {"b": 1, "b": 1}}'])
+def test_a_field_that_stands_twice_is_refused(tmp_path, text):
+    path = tk.write_atomic(tmp_path / "rows.jsonl", '{"a": 1}\n' + text)
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: .*stands twice"):
+        tk.read_jsonl(path)
+
+
 def test_parquet_gives_back_plain_values_and_typed_empty_columns(tmp_path):
     rows = [
         {"id": "ä", "ok": None, "ids": [1, 2], "x": 0.1, "said": None},
@@ -236,6 +382,39 @@ def test_an_item_is_shown_escaped_and_a_private_one_not_at_all(example):
         answers=("secret",),
     )
     assert "secret" not in tk.show_example(private, {"x": "secret"}).data
+
+
+HOSTILE = "<img src=x onerror=alert(1)> $x^2$ `code` **bold** [a](b) | _i_ </td> &amp;"
+
+
+def test_foreign_text_is_no_markup(own):
+    text = tk.plain(HOSTILE)
+    assert not set("<>`*[]|_$^") & set(re.sub(r"</?span>", "", text))
+    assert html.unescape(re.sub(r"</?span>", "", text)) == HOSTILE
+    table = pd.DataFrame({HOSTILE: [HOSTILE, "y"]}, index=[HOSTILE, "x"])
+    table.index.name = table.columns.name = HOSTILE
+    for how in ({}, {"precision": 2}, {"formatter": "{}!"}, {"index": False}):
+        page = tk.show_table(table, HOSTILE, **how).to_html()
+        assert "<img" not in page and "mathjax_ignore" in page and "&lt;img src" in page
+
+
+def test_a_crafted_run_puts_no_markup_on_a_page(scored, example):
+    folder, found, rows = scored
+    student = {"student": f"a/{HOSTILE.replace('/', '')}", "condition": HOSTILE}
+    tk.write_json(folder / "metrics.json", found | {"parameters": found["parameters"] | student})
+    other = tk.write_json(folder.with_name("b") / "metrics.json", found)
+    tk.write_parquet(other.with_name("predictions.parquet"), rows)
+    runs = tk.study_runs("s")
+    table = pd.DataFrame([{"arm": run.arm, **run.parameters} for run in runs])
+    assert HOSTILE in table["arm"][1] and "<img" not in tk.show_table(table).to_html()
+    page = tk.show_example(example, {run.arm: run.arm for run in runs}, note=runs[1].arm).data
+    assert "<img" not in page and "$" not in re.sub(r"<pre>.*?</pre>|<span>.{5}</span>", "", page)
+    figure, axis = plt.subplots()
+    tk.use_style()
+    axis.set_title(runs[1].arm)
+    for path in tk.save_figure(figure, "s/00_hostile", table):
+        assert path.suffix != ".svg" or "<img" not in path.read_text()
+    plt.close()
 
 
 # -------------------------------------------------------------------------------- launching
