@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -31,6 +33,7 @@ TEXTS = {  # by what it is; ids are microworld/test/0, 1, …
     "nothing": "",
 }
 
+EVIL = "<img src=x onerror=alert(1)>$x^2$`|**b**"
 FACTS = {"parameters": {"protocol": "published"}, "layout": "before", "has_facts": True}
 
 
@@ -220,6 +223,26 @@ def test_every_stored_wrong_trace_says_how():
     assert seen > 17_000
 
 
+@pytest.mark.parametrize(
+    "answer, hedged, exact",
+    [
+        ("kitchen", False, True),
+        ("kitchen or garden", True, False),
+        ("perhaps the kitchen", True, False),
+        ("the orchard", False, False),  # a word that begins with `or`
+    ],
+)
+def test_alternatives_have_exact_match_and_hedges_beside(functions, example, answer, hedged, exact):
+    card = tk.dataset("marco")
+    item = replace(example, id="marco/test/0", dataset="marco", label=card.labels[0])
+    facts = {"parameters": {"protocol": "controlled"}, "layout": "before", "has_facts": True}
+    row = functions.score_output(written(answer=answer, label=card.labels[0]), item, facts, {})
+    assert (row["answer_hedged"], row["answer_exact"]) == (hedged, exact)
+    assert "answer_hedged" not in functions.score_output(written(), example, FACTS, {})
+    metrics = functions.metrics_of([row], facts | {"run_id": "x"})
+    assert metrics["answer_hedged"] == hedged and metrics["answer_exact"] == exact
+
+
 def test_strict_pattern_is_the_helpers(functions, example):
     traces = (tk.Trace(label="object-place", facts=example.gold_facts), tk.Trace(text="so"))
     for trace in (*traces, None):
@@ -270,13 +293,21 @@ def test_scoring_again_needs_no_student_and_changes_nothing(functions, folders, 
     assert metrics.keys() >= {"seconds", "versions", "student_files", "data_hash", "run_id"}
 
 
+def alter_a_score(rows, metrics, folder):
+    """Stored rows in which one answer is right that is not, and metrics that follow from them."""
+    rows = [dict(row) for row in rows]
+    rows[2] |= {"answer_ok": True, "quadrant": "TP"}
+    tk.write_parquet(folder / "predictions.parquet", rows)
+    shares = {"answer_ok": 4 / 6, "quadrants": {"TP": 3, "FP": 1, "FN": 0, "TN": 2}}
+    tk.write_json(folder / "metrics.json", metrics | shares)
+    return rows
+
+
 def test_changed_scores_are_listed(functions, folders, example):
     make_run(save_items(example))
     (run,) = score_waiting(functions)
-    path = tk.RESULTS / "mini" / RUN_ID / "predictions.parquet"
-    rows = [dict(row) for row in run.rows]
-    rows[2] |= {"answer_ok": True, "quadrant": "TP"}
-    tk.write_parquet(path, rows)
+    folder = tk.RESULTS / "mini" / RUN_ID
+    rows = alter_a_score(run.rows, run.metrics, folder)
     source = functions.read_stored(tk.study_runs("mini")[0])
     changed = functions.changed_scores(source, score_run(functions, source)[0])
     where = {"run_id": RUN_ID, "id": rows[2]["id"]}
@@ -284,7 +315,7 @@ def test_changed_scores_are_listed(functions, folders, example):
         {**where, "column": "answer_ok", "stored": True, "now": False},
         {**where, "column": "quadrant", "stored": "TP", "now": "FN"},
     ]
-    assert tk.read_parquet(path) == rows  # and not replaced
+    assert tk.read_parquet(folder / "predictions.parquet") == rows  # and not replaced
 
 
 def test_stored_results_are_not_replaced(functions, folders, example):
@@ -463,8 +494,8 @@ def drop_layout(path):
     [
         ("outputs.jsonl", cut, "line 6: expected one JSON object"),
         ("outputs.jsonl", drop_a_line, "5 outputs, expected 6"),
-        ("outputs.jsonl", double_a_line, "row 7: id 'microworld/test/0' stands twice"),
-        ("outputs.jsonl", rename_an_id, "row 4: id 'microworld/test/30' is no test item"),
+        ("outputs.jsonl", double_a_line, "1 ids stand twice: row 7 'microworld/test/0'"),
+        ("outputs.jsonl", rename_an_id, "1 ids are no test item: row 4 'microworld/test/30'"),
         ("outputs.jsonl", drop_ids, "row 1: field 'ids' is None, expected list"),
         ("outputs.jsonl", lambda path: path.write_text(""), "holds no output"),
         ("outputs.jsonl", os.remove, "is missing"),
@@ -482,29 +513,82 @@ def test_damaged_run_is_one_error_that_names_the_file(
     assert str(path) in str(error.value) and expected in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "name, expected",
-    [("predictions.parquet", "is no whole Parquet file"), ("metrics.json", "write the file again")],
-)
-@pytest.mark.parametrize("again", [True, False], ids=["made again", "scored again"])
-def test_damaged_results_are_one_error_that_names_the_file(
-    functions, folders, example, name, expected, again
-):
+def change_rows(change):
+    """A damage of predictions.parquet: its rows through `change`."""
+
+    def damage(path):
+        tk.write_parquet(path, change([dict(row) for row in tk.read_parquet(path)]))
+
+    return damage
+
+
+def change_metrics(**values):
+    return lambda path: tk.write_json(path, tk.read_json(path) | values)
+
+
+def without(name):
+    return change_rows(lambda rows: [{k: v for k, v in r.items() if k != name} for r in rows])
+
+
+def said(name, value):
+    return change_rows(lambda rows: [row | {name: value} for row in rows])
+
+
+PREDICTIONS, METRICS = "predictions.parquet", "metrics.json"
+DAMAGES = {
+    "predictions cut": (PREDICTIONS, cut, "is no whole Parquet file"),
+    "a row twice": (
+        PREDICTIONS,
+        change_rows(lambda rows: [*rows, rows[0]]),
+        "row 7: id 'microworld/test/0' stands twice",
+    ),
+    "a row less": (PREDICTIONS, change_rows(lambda rows: rows[1:]), "n_test is 6"),
+    "no row": (PREDICTIONS, change_rows(lambda rows: []), ""),
+    "no output": (PREDICTIONS, without("output"), "field output"),
+    "no item": (PREDICTIONS, without("item"), "field item"),
+    "text for a boolean": (PREDICTIONS, said("answer_ok", "yes"), "field answer_ok"),
+    "a number for a text": (PREDICTIONS, said("output", 3), "field output"),
+    "metrics cut": (METRICS, cut, "write the file again"),
+    "metrics empty": (METRICS, lambda path: path.write_text(""), "expected one JSON object"),
+    "metrics {}": (METRICS, lambda path: path.write_text("{}"), "parameters"),
+    "metrics []": (METRICS, lambda path: path.write_text("[]"), "expected one JSON object"),
+    "metrics binary": (METRICS, lambda path: path.write_bytes(b"\xff\x00"), "expected one JSON"),
+    "another share": (METRICS, change_metrics(answer_ok=0.9), "answer_ok is 0.9"),
+    "other quadrants": (
+        METRICS,
+        change_metrics(quadrants=dict.fromkeys(("TP", "FP", "FN", "TN"), 2)),
+        "quadrants is",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_results_are_one_error_that_names_the_file(functions, folders, example, name):
+    """And what to do; numbers that the rows do not give are counted again and said."""
+    make_run(save_items(example))
+    score_waiting(functions)
+    shutil.rmtree(tk.RUNS)
+    file, damage, expected = DAMAGES[name]
+    path = tk.RESULTS / "mini" / RUN_ID / file
+    damage(path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError) as error:
+        functions.collect()
+    assert str(path.parent) in str(error.value) and expected in str(error.value)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", [PREDICTIONS, METRICS])
+def test_damaged_results_are_not_compared_with(functions, folders, example, name):
     items = save_items(example)
     make_run(items)
     score_waiting(functions)
     path = tk.RESULTS / "mini" / RUN_ID / name
     cut(path)
-    if again:
-        make_run(items)
-    else:
-        shutil.rmtree(tk.RUNS)
+    make_run(items)
     with pytest.raises(ValueError) as error:
-        if again:
-            score_waiting(functions)
-        else:
-            functions.collect()
-    assert str(path) in str(error.value) and expected in str(error.value)
+        score_waiting(functions)
+    assert str(path) in str(error.value)
 
 
 # ---------------------------------------------------------------------- anybody's outputs
@@ -575,9 +659,9 @@ def test_form_of_outputs_is_what_most_of_them_show(folders, example, texts, layo
 @pytest.mark.parametrize(
     "change, expected",
     [
-        ({"id": "microworld/test/0"}, "row 2: id 'microworld/test/0' stands twice"),
-        ({"id": "microworld/test/99"}, "row 2: id 'microworld/test/99' is no test item"),
-        ({"id": "microworld/train/0"}, "row 2: id 'microworld/train/0' is no test item"),
+        ({"id": "microworld/test/0"}, "1 ids stand twice: row 2 'microworld/test/0'"),
+        ({"id": "microworld/test/99"}, "1 ids are no test item: row 2 'microworld/test/99'"),
+        ({"id": "microworld/train/0"}, "1 ids are no test item: row 2 'microworld/train/0'"),
         ({"id": None}, "row 2: field 'id' is None, expected str"),
         ({"output": ["kitchen"]}, "row 2: field 'output' is ['kitchen'], expected str"),
     ],
@@ -589,6 +673,18 @@ def test_wrong_row_of_a_file_is_named(folders, example, change, expected):
     with pytest.raises(ValueError) as error:
         anybody(outputs=str(path)).collect()
     assert str(path) in str(error.value) and expected in str(error.value)
+
+
+def test_wrong_ids_of_a_file_are_counted_and_listed(folders, example):
+    path = save_file(save_items(example), folders)
+    rows = tk.read_jsonl(path)
+    tk.write_jsonl(path, [*rows, *rows[:2], {"id": "who/1", "output": "x"}])
+    with pytest.raises(ValueError, match=r"2 ids stand twice: row 7 .*/0', row 8 .*/1'; remove"):
+        anybody(outputs=str(path)).collect()
+    tk.write_jsonl(path, [*rows, *({"id": f"who/{k}", "output": "x"} for k in range(7))])
+    with pytest.raises(ValueError, match="7 ids are no test item: row 7 'who/0'") as error:
+        anybody(outputs=str(path)).collect()
+    assert str(error.value).count("who/") == 5
 
 
 def test_wrong_parameters_of_a_file_are_named(folders, example):
@@ -637,6 +733,15 @@ def mini(tmp_path_factory, example):
         )
         options = {"study": "theirs", "dataset": "microworld", "outputs": "theirs.jsonl"}
         run(*" ".join(f"-p {k} {v}" for k, v in options.items()).split())
+        # another reader stored one answer, and somebody names a student in markup
+        results = folder / "data/results/mini" / RUN_ID
+        metrics = tk.read_json(results / "metrics.json")
+        p = metrics["parameters"] | {"condition": EVIL, "student": EVIL}
+        stored = tk.read_parquet(results / "predictions.parquet")
+        alter_a_score(stored, metrics | {"parameters": p}, results)
+        run("-p", "study", "mini", "-p", "rescore", "true")
+        command = [sys.executable, "-m", "nbconvert", "--to", "html", f"{NAME}-out.ipynb"]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
     return SimpleNamespace(folder=folder, said=said)
 
 
@@ -669,3 +774,19 @@ def test_notebook_scores_a_file_of_anybody(mini):
     assert metrics["n_test"] == 2 and metrics["answer_ok"] == 0.5
     assert (metrics["layout"], metrics["quadrants"]) == ("none", None)
     assert "4 items have no output, left out of n" in mini.said[3]
+
+
+def test_notebook_replaces_scores_where_it_is_asked_to(mini):
+    assert "2 values of 6 stored rows are not those of today, they were replaced" in mini.said[4]
+    results = mini.folder / "data/results/mini" / RUN_ID
+    frame = pd.read_parquet(results / "predictions.parquet")
+    assert frame["quadrant"].tolist() == ["TP", "FP", "FN", "TN", "TP", "TN"]
+    metrics = tk.read_json(results / "metrics.json")
+    assert metrics["answer_ok"] == 0.5 and metrics["quadrants"]["FN"] == 1
+    assert metrics["seconds"] == 1.0 and metrics["parameters"]["condition"] == EVIL
+
+
+def test_names_out_of_result_files_are_no_markup(mini):
+    page = (mini.folder / f"{NAME}-out.html").read_text()
+    assert "onerror=alert" in page and "<img src=x" not in page
+    assert "<b>b</b>" not in page and "<strong>b</strong>" not in page
