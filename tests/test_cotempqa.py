@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from conftest import notebook_functions, papermill
+from conftest import ROOT, notebook_functions, papermill
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -506,6 +506,20 @@ def test_a_broken_row_is_named_with_its_file(folder, change, named):
         NB.read_cotempqa(folder, 0)
 
 
+def test_a_row_with_a_field_twice_is_named(folder):
+    row = json.dumps(question_row("b", "X"))
+    (folder / "mix.json").write_text(row + "\n" + row[:-1] + ', "answer": ["Y"]}')
+    with pytest.raises(ValueError, match=r"mix\.json, line 2.*stands twice"):
+        NB.read_cotempqa(folder, 0)
+
+
+def test_the_page_says_how_many_rows_of_the_source_there_are():
+    page = " ".join((ROOT / "data/README.md").read_text().split())
+    made = json.loads((ROOT / "data/results/cotempqa/decomposition.json").read_text())
+    read, known = made["agreement"]["during"]["n"], made["rows_known"]["during"]
+    assert f"{read:,.0f} of {known:,} rows" in page and read < known
+
+
 def test_missing_and_broken_files_are_named(folder):
     (folder / "mix.json").write_text('{"question": "x"}\n{"quest')
     with pytest.raises(ValueError, match=r"mix\.json, line 2"):
@@ -531,6 +545,9 @@ def test_missing_and_broken_files_are_named(folder):
         '{"equal": ["0"]}',
         '{"equal": null}',
         '{"equal": [[0]]}',
+        '{"equal": [0, 0]}',
+        '{"equal": [true]}',
+        '{"equal": [0.0]}',
     ],
 )
 def test_a_broken_list_of_test_rows_is_named(folder, content):
@@ -544,7 +561,7 @@ def test_the_folder_comes_from_the_environment_then_from_raw(folder, tmp_path, m
     (home / "cotempqa").mkdir(parents=True)
     (home / "cotempqa/equal.json").write_text("")
     monkeypatch.setattr(tk, "RAW", home)
-    for value in ("", str(tmp_path / "nothing"), str(home)):
+    for value in ("", str(folder), str(home)):
         monkeypatch.setenv("TRACEKD_DATA_DIR", value)
         assert NB.raw_folder() == home / "cotempqa"
 

@@ -157,6 +157,28 @@ def test_babi_file_by_hand(room, tmp_path):
     ]
 
 
+TURNED = "1 John went to the garden.\n2 Mary went to the kitchen.\n3 Where is Mary? \tkitchen\t2\n"
+
+
+@pytest.mark.parametrize("leaks, n", [("exact", 0), ("sets", 1)])
+def test_a_leak_with_its_sentences_exchanged(room, tmp_path, leaks, n):
+    for k, label in enumerate(LABELS["babi"]):
+        for split, story in (("train", STORY), ("test", TURNED)):
+            name = f"qa{room.NUMBER[label]}_{label}_{split}.txt"
+            other = STORY.replace("Mary", f"{split}{k}")
+            (tmp_path / name).write_text(other + story * (k == 3))
+    examples, read = room.read_babi(tmp_path, "babi", 0, leaks)
+    assert [len(ids) for ids in read["left_out"].values()] == [n]
+    assert read["also_in_test"] == {"exact": 0, "sets": 1} and len(examples) == 2 * 11 + 2 - n
+
+
+def test_a_committed_study_keeps_the_rule_it_was_made_by(room):
+    made = json.loads((ROOT / "data/results/babi/decomposition.json").read_text())
+    assert made["parameters"]["leaks"] == "exact"
+    assert made["also_in_test"]["sets"] > made["also_in_test"]["exact"] > 0
+    assert tk.notebook_defaults("10_decompose_babi")["leaks"] == ""
+
+
 def test_a_leak_by_hand_is_left_out(room, tmp_path):
     for k, label in enumerate(LABELS["babi"]):
         for split in ("train", "test"):
@@ -188,6 +210,15 @@ def test_a_leak_by_hand_is_left_out(room, tmp_path):
         (b"{\n", 1),
         (b"2 Mary went.\n3 Where is Mary? \tkitchen\t2\n", 1),
         (b"", ""),
+        # ids that do not rise by one: a line twice, a lost first line, a lost line, id 1 twice
+        (b"1 A went.\n2 B went.\n2 C went.\n3 Where is A? \tx\t1\n", 3),
+        (STORY.encode() + b"2 John left.\n3 Where is John? \tx\t2\n", 4),
+        (STORY.encode() + b"1 John left.\n3 Where is John? \tx\t1\n", 5),
+        (b"1 Mary went.\n1 Mary went.\n2 Where is Mary? \tkitchen\t1\n", 2),
+        (b"0 Mary went.\n1 Where is Mary? \tkitchen\t0\n", 1),
+        # a sentence or a question without words
+        (b"1 Mary went.\n2  \n3 Where is Mary? \tkitchen\t1\n", 2),
+        (b"1 Mary went.\n2 \tkitchen\t1\n", 2),
     ],
     ids=repr,
 )
@@ -208,9 +239,30 @@ def test_an_empty_data_dir_counts_as_unset(room, tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "qa1_x_train.txt").write_text(STORY)
     monkeypatch.setattr(tk, "RAW", tmp_path)
-    for value in ("", str(tmp_path / "nothing"), str(tmp_path)):
+    (tmp_path / "other").mkdir()
+    for value in ("", str(tmp_path / "other"), str(tmp_path)):
         monkeypatch.setenv("TRACEKD_DATA_DIR", value)
         assert room.raw_folder() == folder
+
+
+@pytest.mark.parametrize("value", ["/nosuch", "no/such"])
+def test_a_data_dir_that_is_none_is_refused(room, monkeypatch, value):
+    monkeypatch.setenv("TRACEKD_DATA_DIR", value)
+    others = [notebook_functions(n) for n in ("11_decompose_cotempqa", "12_decompose_marco")]
+    for call in [nb.raw_folder for nb in (room, *others)]:
+        with pytest.raises(ValueError, match=f"TRACEKD_DATA_DIR = '{value}' names no folder"):
+            call()
+    with pytest.raises(ValueError, match=f"TRACEKD_DATA_DIR = '{value}' names no folder"):
+        notebook_functions("09_reaudit_published").find_published()
+
+
+def test_a_data_dir_means_the_same_from_every_folder(room, tmp_path, monkeypatch):
+    monkeypatch.setattr(tk, "ROOT", tmp_path)
+    (tmp_path / "raw").mkdir()
+    monkeypatch.setenv("TRACEKD_DATA_DIR", "raw")
+    for folder in (tmp_path, tmp_path / "raw"):
+        monkeypatch.chdir(folder)
+        assert room.data_dir() == tmp_path / "raw"
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,15 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
-from conftest import ROOT, make_workspace
+from conftest import ROOT, make_workspace, papermill
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
@@ -428,45 +428,59 @@ def test_what_is_taught_in_a_notebook_is_found_by_its_name():
 
 
 DRIVER = """
-import sys, tracekd_utils as tk
-tk.run_notebook("09_sleep", on_line=lambda line: print(line, flush=True))
+import sys
+sys.path.insert(0, ".")
+import tracekd_utils as tk
+tk.run_notebook("09_sleep")
+"""
+SLEEP = """
+import os, time
+from filelock import FileLock
+lock = FileLock("sleep.lock")
+lock.acquire()
+open("pids", "a").write(f"{os.getpid()} {os.getppid()}\\n")
+time.sleep(seconds)
 """
 
 
 @pytest.fixture
 def sleeper(tmp_path):
-    """Workspace with a notebook that says its process id and sleeps."""
+    """Workspace with a notebook that notes its process id and sleeps, and one that starts it."""
     import nbformat
 
     folder = make_workspace(tmp_path / "w")
     shutil.rmtree(folder / "notebooks")
-    source = ["seconds = 60  # how long", "LIMITS = {}", "import os, time"]
-    source[2] += "\nprint('pid', os.getpid(), flush=True)\ntime.sleep(seconds)"
-    cells = [nbformat.v4.new_code_cell(text) for text in source]
-    cells[0]["metadata"]["tags"] = ["parameters"]
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    book = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
     (folder / "notebooks").mkdir()
-    nbformat.write(book, folder / "notebooks" / "09_sleep.ipynb")
+    for name, code in (("09_sleep", SLEEP), ("08_drive", DRIVER)):
+        sources = ["seconds = 60  # how long", "LIMITS = {}", code]
+        cells = [nbformat.v4.new_code_cell(text) for text in sources]
+        cells[0]["metadata"]["tags"] = ["parameters"]
+        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        book = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+        nbformat.write(book, folder / "notebooks" / f"{name}.ipynb")
     shutil.copy(ROOT / "notebooks" / "02_corrupt_traces.ipynb", folder / "notebooks")
     return folder
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
-def test_a_notebook_ends_with_its_driver(sleeper, sign):
-    driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER], cwd=sleeper, stdout=subprocess.PIPE, text=True
+def check_ended(folder, pids):
+    """Processes end within seconds, and what the last one had locked is free again."""
+    gone, alive = psutil.wait_procs(
+        [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], 15
     )
-    line = driver.stdout.readline()
-    assert line.startswith("pid ")
-    kernel = int(line.split()[1])
-    driver.send_signal(sign)
-    driver.wait()
-    for _ in range(100):
-        try:
-            os.kill(kernel, 0)
-        except ProcessLookupError:
-            return
+    for process in alive:
+        process.kill()
+    assert not alive, "outlived the driver"
+    FileLock(folder / "sleep.lock").acquire(timeout=1)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+def test_a_notebook_that_a_notebook_started_ends_with_the_first_driver(sleeper, sign):
+    driver, pids = papermill(sleeper, "08_drive", start=True), sleeper / "pids"
+    end = time.monotonic() + 60
+    while not pids.exists() or not pids.read_text().endswith("\n"):
+        assert driver.poll() is None and time.monotonic() < end
         time.sleep(0.1)
-    os.kill(kernel, signal.SIGKILL)
-    pytest.fail("the notebook's kernel outlived its driver")
+    started = list(map(int, pids.read_text().split()))
+    driver.send_signal(sign)
+    driver.wait(timeout=30)
+    check_ended(sleeper, started)

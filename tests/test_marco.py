@@ -381,12 +381,29 @@ def test_facts_that_are_not_gold_go_whole_and_no_more_than_needed(corrupter):
     assert other.facts != corrupter.fit(e, lambda e: len(e.facts) <= 4).facts  # drawn by id
 
 
+def test_a_record_with_a_field_twice_is_named(tmp_path):
+    line = json.dumps(record())
+    path = tmp_path / NB.MARCO_FILE
+    path.write_text(line + "\n" + line[:-1] + ', "query": "another"}\n')
+    with pytest.raises(ValueError, match="line 2.*stands twice"):
+        NB.read_marco(path, 0)
+
+
+def test_the_page_says_what_the_sample_is():
+    page = " ".join((ROOT / "data/README.md").read_text().split())
+    made = json.loads((ROOT / "data/results/marco/decomposition.json").read_text())
+    again = tk.dataset("marco").source["reassembled"]
+    assert f"{again} of the {made['rows_read']['records']} records" in page
+    assert made["raw_as_on_card"] == {NB.MARCO_FILE: True}
+
+
 # --------------------------------------------------------------------- the hub, the folder
 def test_the_folder_comes_from_the_environment_then_from_raw(tmp_path, monkeypatch):
     (tmp_path / "msmarco").mkdir()
     write(tmp_path / "msmarco", [record()])
     monkeypatch.setattr(tk, "RAW", tmp_path)
-    for value in ("", str(tmp_path / "nothing"), str(tmp_path)):
+    (tmp_path / "other").mkdir()
+    for value in ("", str(tmp_path / "other"), str(tmp_path)):
         monkeypatch.setenv("TRACEKD_DATA_DIR", value)
         assert NB.raw_folder() == tmp_path / "msmarco"
 
