@@ -132,7 +132,7 @@ def test_forms_of_others_apply_to_one_answer_and_are_other_texts(stress, item):
 
 
 def test_a_number_is_written_as_a_digit(stress, example):
-    example = dataclasses.replace(example, label="carried-count", answers=("two",))
+    example = dataclasses.replace(example, question="How many things?", answers=("two",))
     text = TEXT.replace(">kitchen<", ">two<")
     (item,), _, _ = read(stress, text, example=example)
     said = stress.as_others(item, tk.stream(0, "x", "digit"), stress.FORMS["digit"])
@@ -217,7 +217,8 @@ def test_all_committed_outputs_were_read_and_as_they_are_committed(path):
         expected[metrics.parent.name] = (n, m["answer_ok"], m["trace_ok"])
     for row in json.loads((RESULTS / f"reaudit/{name}.json").read_text()) if name else ():
         run = f"{row['student']}, {row['variant']}, {row['label_file']}"
-        expected[run] = (row["n"], row["accuracy_corrected"] / 100, row["trace_ok"])
+        if name == "babi" or row["label_file"] != "all":  # `all`: the other rows together
+            expected[run] = (row["n"], row["accuracy_corrected"] / 100, row["trace_ok"])
     assert found.keys() == expected.keys(), again
     for run, numbers in expected.items():
         assert found[run] == pytest.approx(numbers, abs=1e-6), (run, again)
