@@ -867,7 +867,8 @@ def claim_study(study: str, name: str) -> Path:
     folder = RESULTS / study
     for path in (*sorted(folder.glob("*.json")), *sorted(folder.glob("*/metrics.json"))):
         found = read_json(path)
-        held = found.get("dataset") or found.get("parameters", {}).get("dataset", name)
+        given = found.get("parameters")
+        held = found.get("dataset") or (isinstance(given, dict) and given.get("dataset")) or name
         if held != name:
             raise ValueError(
                 f"study {study!r} holds the dataset {held} ({path}), not {name}: a study holds "

@@ -1,5 +1,6 @@
 """Cards, studies, and the other pieces of the helper that notebooks share."""
 
+import dataclasses
 import html
 import os
 import re
@@ -261,6 +262,30 @@ def test_a_number_that_does_not_follow_from_the_rows_is_said(scored, change):
     (name,) = change
     with pytest.raises(ValueError, match=rf"metrics\.json: {name} is .*, but .*predictions.* give"):
         _ = tk.study_runs("s")[0].frame
+
+
+@pytest.mark.parametrize("parameters", [None, [], "x"])
+def test_a_damaged_run_does_not_end_the_check_of_the_parameters(scored, parameters):
+    tk.write_json(scored[0] / "metrics.json", {"parameters": parameters})
+    assert tk.claim_study("s", "own")
+
+
+def test_a_run_is_of_the_examples_as_they_are_now(scored, example):
+    nb = tk.lesson("00_run_study")
+    given = {"dataset": "own", "label": "size", "id": "own/0"}
+    items = [dataclasses.replace(example, **given | {"id": f"own/{k}"}) for k in range(4)]
+    folder, _, rows = scored
+    named = [{**row, "item": tk.item_of(e)} for row, e in zip(rows, items, strict=True)]
+    tk.write_parquet(folder / "predictions.parquet", named)
+    path = tk.save_examples("own", items)
+    assert nb.has_these_items(tk.study_runs("s")[0])
+    items[3] = dataclasses.replace(items[3], gold_facts=example.gold_facts[:1])
+    tk.save_examples("own", items)
+    os.utime(path, ns=(1, 1))
+    assert not nb.has_these_items(tk.study_runs("s")[0])
+    tk.save_examples("own", items[:3])
+    os.utime(path, ns=(2, 2))
+    assert not nb.has_these_items(tk.study_runs("s")[0])
 
 
 def test_columns_that_came_later_do_no_harm(scored):

@@ -3,6 +3,8 @@
 import ast
 import json
 import re
+import subprocess
+import sys
 import time
 
 import matplotlib.pyplot as plt
@@ -54,6 +56,23 @@ def test_committed_notebooks_were_executed_in_order(name):
     code = cells(name)
     assert [c["execution_count"] for c in code] == list(range(1, len(code) + 1))
     assert not [o for c in code for o in c["outputs"] if o["output_type"] == "error"]
+
+
+def test_every_notebook_finds_the_project_by_the_same_cell():
+    (source,) = {"".join(cells(name)[1]["source"]) for name in NOTEBOOKS}
+    assert "FileNotFoundError" in source
+
+
+def test_outside_of_the_project_a_notebook_says_what_to_do(tmp_path):
+    source = "".join(cells("01_decompose_microworld")[1]["source"])
+    command = [sys.executable, "-c", source]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert f"FileNotFoundError: {tmp_path} lies in no copy of the project" in done.stderr
+    assert "papermill --cwd" in done.stderr
+    done = subprocess.run(
+        [*command[:2], source + "\nprint(root)"], cwd=ROOT / "data", text=True, capture_output=True
+    )
+    assert done.stdout.strip() == str(ROOT)
 
 
 def runs(workspace, study="*"):

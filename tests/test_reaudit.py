@@ -531,6 +531,14 @@ def test_another_students_files_alone_are_scored(nb, data_dir, tmp_path, cotempq
     ]
 
 
+def test_the_papers_table_is_another_matter(nb, nb_babi):
+    for notebook, name, same in ((nb, "cotempqa", 0), (nb_babi, "babi", 6)):
+        path = ROOT / "data" / "results" / "reaudit" / f"{name}-details.json"
+        found = notebook.paper_values(json.loads(path.read_text()))
+        assert (len(found), found["same"].sum()) == (6, same)
+    assert nb.paper_values({"summaries": []}).empty
+
+
 def test_the_outputs_that_are_read_otherwise_than_before_are_listed(nb, cotempqa):
     differs = json.loads((ROOT / "tests" / "golden.json").read_text())["reaudit_differs"]
     at = {f"{o.student}/{o.condition}/{o.label_file}/{o.line}": o for o in cotempqa.outputs}
