@@ -1,6 +1,5 @@
-"""The numbers in the README are those of the committed results."""
+"""README.md and data/results/README.md hold what 23 computes from the committed results."""
 
-import json
 import re
 
 import pandas as pd
@@ -9,134 +8,132 @@ from conftest import ROOT
 
 import tracekd_utils as tk
 
-README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "data/results"
 
 
-def table(name):
-    """Rows of the README table between two comments, as lists of cell texts."""
-    body = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", README, re.S)[1]
-    return [[c.strip() for c in line.strip("|").split("|")] for line in body.splitlines()[2:]]
+@pytest.fixture(scope="module")
+def report():
+    return tk.lesson("23_report_results")
 
 
-def percent(value):
-    return "–" if value is None else f"{100 * value:.1f}%"
+@pytest.fixture(scope="module")
+def studies(report):
+    """The committed studies."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tk, "RESULTS", RESULTS)
+        yield report.read_studies()
 
 
-def arm(p):
-    """Condition, with the dose and the protocol where they are not the usual ones."""
-    return (
-        f"`{p['condition']}`"
-        + ("" if p["dose"] == 1 else f" {p['dose']:.0%}")
-        + ("" if p["protocol"] == "controlled" else f", {p['protocol']}")
-    )
+def block(page, name):
+    """Text of a page between the two marks of a block."""
+    return re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", page, re.S)[1]
 
 
-def test_every_row_of_the_result_table_is_a_committed_run():
-    runs = {}
-    for path in sorted((ROOT / "data/results").glob("*/*/metrics.json")):
-        m = json.loads(path.read_text())
-        p = m["parameters"]
-        runs[p["dataset"], arm(p), str(p["seed"])] = m
-    rows = table("results")
-    assert len(rows) == len(runs) and {tuple(r[:3]) for r in rows} == set(runs)
-    for dataset, condition, seed, n, answer, label, facts, trace, cells, command in rows:
-        m = runs[dataset, condition, seed]
-        right = tk.proportion(round(m["answer_ok"] * m["n_test"]), m["n_test"])
-        assert n == str(m["n_test"])
-        assert answer == (
-            f"{percent(right['estimate'])} ({percent(right['low'])}–{percent(right['high'])})"
+def table(name, page="README.md"):
+    """Rows of a table of a page, as dictionaries of cell texts."""
+    lines = block((ROOT / page).read_text(), name).splitlines()
+    head, _, *rows = [[c.strip() for c in line.strip("|").split(" | ")] for line in lines]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def test_both_pages_are_what_23_computes(report, studies, monkeypatch):
+    """Run 23 where this fails: a result, a baseline or a notebook is new."""
+    monkeypatch.setattr(tk, "RESULTS", RESULTS)
+    for page, blocks in report.make_blocks(studies).items():
+        text = (ROOT / page).read_text()
+        for name, expected in blocks.items():
+            assert block(text, name) == expected, f"{page}, {name}: run 23_report_results"
+
+
+def test_every_run_has_its_row_and_no_other(studies):
+    shown = table("runs", "data/results/README.md")
+    runs = [run for part in studies.values() for run in part]
+    assert len(shown) == len(runs) == len(list(RESULTS.glob("*/*/metrics.json")))
+    by_hand = {}
+    for path in RESULTS.glob("*/*/metrics.json"):
+        m = tk.read_json(path)
+        cells = [str(m["quadrants"][k]) for k in ("TP", "FP", "FN", "TN")] if m["quadrants"] else []
+        key = (m["parameters"]["dataset"], str(m["parameters"]["seed"]), str(m["n_test"]))
+        row = (f"{100 * m['answer_ok']:.1f}%", " / ".join(cells) or "–")
+        by_hand.setdefault(key, []).append(row)
+    found = {}
+    for row in shown:
+        key = (row["dataset"], row["seed"], row["n"])
+        found.setdefault(key, []).append(
+            (row["answer right"].split(" ")[0], row["TP / FP / FN / TN"])
         )
-        assert [label, facts, trace] == [percent(m[f"{k}_ok"]) for k in ("label", "facts", "trace")]
-        q = m["quadrants"]
-        assert cells == (" / ".join(str(q[k]) for k in ("TP", "FP", "FN", "TN")) if q else "–")
-        assert re.match(r"`(make study|03 -p dataset )", command)
+    assert {k: sorted(v) for k, v in found.items()} == {k: sorted(v) for k, v in by_hand.items()}
+
+
+def test_a_command_names_what_is_not_the_default(studies):
+    rows = {row["command"] for row in table("runs", "data/results/README.md")}
+    assert "`03 -p dataset babi -p condition incorrect -p seed 2`" in rows
+    assert "`03 -p dataset microworld -p condition incorrect -p dose 0.25`" in rows
+    for words in rows:
+        assert re.fullmatch(r"`03 -p dataset \w+ -p condition \w+( -p \w+ \S+)*`", words), words
+
+
+def test_a_condition_is_one_row_of_the_compact_table(studies):
+    rows = [row for row in table("results") if row["condition"].startswith("`")]
+    keys = [(row["dataset"], row["condition"]) for row in rows]
+    arms = [(run.parameters["dataset"], run.arm) for part in studies.values() for run in part]
+    assert len(set(keys)) == len(keys) == len(set(arms))
+    row = rows[keys.index(("babi", "`correct`"))]
+    # 300, 320 and 327 of 600
+    assert (row["seeds"], row["answers right"]) == ("3", "52.6% (50.0–54.5)")
+
+
+def test_the_findings_carry_what_the_results_say():
+    """The numbers of the findings, each found in the files by another way."""
+    said = " ".join(block((ROOT / "README.md").read_text(), "findings").split())
+    pairs = pd.read_csv(ROOT / "figures/babi/05_differences.csv")
+    for row in pairs[pairs["over"] == "seeds"].itertuples():
+        if row.first in ("incorrect", "vanilla") and row.second in ("correct", "vanilla"):
+            text = f"`{row.first}` − `{row.second}` {100 * row.estimate:+.1f} points"
+            assert f"{text} ({100 * row.low:+.1f} to {100 * row.high:+.1f})" in said
+    path = next(RESULTS.glob("babi/babi-*-correct-controlled-seed0-90cf72f2/interventions.parquet"))
+    rows = pd.DataFrame(tk.read_parquet(path))
+    planted = rows[rows["arm"] == "planted"]
+    gold = rows[(rows["arm"] == "gold") & rows["id"].isin(planted["id"])]
+    shares = [100 * part["follows"].astype(bool).mean() for part in (planted, gold)]
+    assert f"`correct` {shares[0]:.1f}% / {shares[1]:.1f}%" in said
+    assert "“titular bishop” is the gold answer of 28 of 300 items" in said
+    assert "261 subjects" in said
+    # the audit's counts: 11 and 15 of 272 without it, 26 and 43 of 300 with it
+    assert f"{100 * (26 - 43) / 300:+.1f} points" in said
+    assert f"{100 * (11 - 15) / 272:+.1f} points" in said
 
 
 @pytest.mark.parametrize("dataset", ["cotempqa", "babi"])
-def test_the_reaudit_table_is_the_committed_reaudit(dataset):
-    rows = json.loads((ROOT / f"data/results/reaudit/{dataset}.json").read_text())
-    rows = {(r["student"], f"`{r['variant']}`"): r for r in rows if r["label_file"] == "all"}
-    shown = {tuple(r[1:3]): r[3:] for r in table("reaudit") if r[0] == dataset}
-    assert set(shown) == set(rows)
-    for key, cells in shown.items():
-        r = rows[key]
-        own = tk.proportion(round(r["accuracy_corrected"] * r["n"] / 100), r["n"])
-        phi = "–" if r["phi_corrected"] is None else f"{r['phi_corrected']:.2f}"
-        assert cells[0] == str(r["n"]) and cells[1] == f"{r['accuracy_released_scorer']:.1f}"
-        assert cells[2] == (
-            f"{r['accuracy_corrected']:.1f} ({100 * own['low']:.1f}–{100 * own['high']:.1f})"
-        )
-        assert cells[3] == ("–" if r["trace_ok"] is None else f"{100 * r['trace_ok']:.1f}")
-        assert cells[-1] == phi
+def test_the_reaudit_table_is_the_committed_reaudit(report, dataset, monkeypatch):
+    monkeypatch.setattr(tk, "RESULTS", RESULTS)
+    shown = [row for row in table("reaudit") if row["dataset"] == dataset]
+    assert shown == [{k: str(v) for k, v in row.items()} for row in report.reaudit_rows(dataset)]
+    assert len(shown) == 6 and shown[1]["condition"] == "`correct`"
+    phis = {"cotempqa": ("0.11", "0.71"), "babi": ("0.00", "0.37")}[dataset]
+    assert (shown[1]["phi, released"], shown[1]["phi, own gold"]) == phis
 
 
-def test_the_intervention_table_is_the_committed_one():
-    found = {}
-    for path in sorted((ROOT / "data/results").glob("*/*/interventions.json")):
-        p = json.loads((path.parent / "metrics.json").read_text())["parameters"]
-        found[p["dataset"], arm(p), str(p["seed"])] = json.loads(path.read_text())
-    rows = table("interventions")
-    assert {tuple(r[:3]) for r in rows} == set(found)
-    for dataset, condition, seed, n, own, flip, follow, n_planted, effect in rows:
-        r = found[dataset, condition, seed]
-        planted, (low, high) = r["arms"]["planted"], r["ate_interval"]
-        assert (n, n_planted) == (str(r["n"]), str(planted["n"]))
-        assert own == percent(r["own_identical"])
-        assert flip == percent(r["arms"]["wrong_facts"]["flip_rate"])
-        assert follow == percent(planted["follow_rate"])
-        assert effect == (
-            f"{100 * r['ate_answer_ok']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-        )
+def test_a_block_is_replaced_where_its_marks_stand_once(report):
+    page = "a\n<!-- x -->\nold\n<!-- /x -->\nb\n"
+    new = report.put_block(page, "x", "new \\1")
+    assert new == "a\n<!-- x -->\nnew \\1\n<!-- /x -->\nb\n"
+    assert report.put_block(new, "x", "old") == page
+    empty = "<!-- x -->\n<!-- /x -->"
+    assert report.put_block(empty, "x", "y") == "<!-- x -->\ny\n<!-- /x -->"
+    for wrong in ("a", page * 2):
+        with pytest.raises(ValueError, match="'x' stand [02] times"):
+            report.put_block(wrong, "x", "new")
 
 
-def points(row):
-    """A difference of shares and its interval, in points."""
-    return f"{100 * row.estimate:+.1f} points ({100 * row.low:+.1f} to {100 * row.high:+.1f})"
+def test_the_glossary_names_every_condition():
+    text = (ROOT / "README.md").read_text()
+    glossary = text[text.index("## Results") : text.index("<!-- results -->")]
+    assert [name for name in tk.conditions() if f"`{name}`" not in glossary] == []
 
 
-def findings():
-    """Sentences of `What came out`, out of the tables behind the committed figures."""
-    figures = ROOT / "figures"
-    pairs = pd.read_csv(figures / "babi/05_differences.csv")
-    seeds = pairs[pairs["over"] == "seeds"].set_index(["first", "second"])
-    rows = {"wrong": ("incorrect", "correct"), "none": ("vanilla", "correct")}
-    rows["against"] = ("incorrect", "vanilla")
-    said = {name: points(seeds.loc[pair]) for name, pair in rows.items()}
-    n = int(seeds["n"].iloc[0])
-    phi = pd.read_csv(figures / "babi/05_association.csv").query("measure == 'phi'")
-    phi = phi[phi["arm"] == "correct"].sort_values("seed")
-    phis = ", ".join(f"{r.estimate:.2f} ({r.low:.2f} to {r.high:.2f})" for r in phi.itertuples())
-    after = pd.read_csv(figures / "microworld/05_association.csv").query("measure == 'phi'")
-    after = after.set_index("arm").loc["after_answer"]
-    forced = pd.read_csv(figures / "babi/05_interventions.csv").set_index(["arm", "measure"])
-    follow = {arm: forced.loc[arm, "follow"] for arm in ("correct", "incorrect")}
-    effect = {arm: forced.loc[arm, "effect"] for arm in ("correct", "incorrect")}
-    audit = tk.read_json(ROOT / "data/results/reaudit/cotempqa-details.json")["claims"]
-    audit = [r for r in audit if r["variant"] == "correct" and "Qwen" in r["student"]]
-    cells = {r["cells"]: r for r in audit}
-    ours, theirs = cells["own gold"], cells["released matrix"]
-    return [
-        f"bAbI, {n} seeds, 600 test items each: training on never-gold traces costs answers, "
-        f"{said['wrong']} against `correct`. No trace at all is undecided between the two: "
-        f"{said['none']} against `correct`, and never-gold against no trace {said['against']} "
-        "(t intervals over seeds).",
-        "In the `correct` students right traces go with right answers: phi "
-        f"{phis}, n = 600 a seed.",
-        "That alone shows no use of the trace: a student that writes its trace *behind* the answer "
-        f"has phi {after.estimate:.2f} ({after.low:.2f} to {after.high:.2f}), "
-        f"n = {after.n:.0f} (microworld).",
-        f"Forced traces decide. The `correct` student gives a planted answer in "
-        f"{follow['correct'].estimate:.1%} of {follow['correct'].n:.0f} items, wrong facts cost it "
-        f"{points(effect['correct'])}; the `incorrect` student follows in "
-        f"{follow['incorrect'].estimate:.1%}, and wrong facts change it by "
-        f"{points(effect['incorrect'])} (bAbI, seed 0, n = {effect['correct'].n:.0f}).",
-        "The paper's own outputs, each scored against its own gold (CoTempQA, Qwen3-1.7B, "
-        f"`correct`): phi {ours['phi']:.2f} where the released scoring has {theirs['phi']:.2f}, "
-        f"n = {ours['n']}.",
-    ]
-
-
-def test_what_came_out_is_what_the_figures_hold():
-    block = re.search(r"<!-- findings -->\n(.*?)\n<!-- /findings -->", README, re.S)[1]
-    shown = [" ".join(part.split()) for part in block.removeprefix("- ").split("\n- ")]
-    assert shown == findings()
+def test_a_dash_stands_where_nothing_is_known(report, monkeypatch, tmp_path):
+    monkeypatch.setattr(tk, "RESULTS", tmp_path)
+    assert report.find_reaudit({}) is None and report.find_seeds({}) is None
+    table = pd.DataFrame({"a": ["x|y"], "b": ["–"]})
+    assert report.to_markdown(table) == "| a | b |\n|---|---|\n| x\\|y | – |"

@@ -134,6 +134,70 @@ def test_strata_are_those_of_the_library_and_empty_ones_are_left_out():
     assert out["p"] == pytest.approx(reference.test_null_odds(correction=False).pvalue)
 
 
+def exact_by_enumeration(tables):
+    """Two-sided exact p of 2x2 tables given their margins, by listing all sums."""
+    chances = {0: 1.0}
+    for table in tables:
+        n, first, column = table.sum(), table[0].sum(), table[:, 0].sum()
+        draw = {
+            k: math.comb(column, k) * math.comb(n - column, first - k) / math.comb(n, first)
+            for k in range(max(0, first + column - n), min(first, column) + 1)
+        }
+        sums = {}
+        for s, p in chances.items():
+            for k, q in draw.items():
+                sums[s + k] = sums.get(s + k, 0) + p * q
+        chances = sums
+    seen = chances[sum(int(table[0, 0]) for table in tables)]
+    return sum(p for p in chances.values() if p <= seen * (1 + 1e-7))
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        [[[3, 1], [1, 3]]],
+        [[[1, 0], [41, 25]], [[7, 4], [17, 39]]],
+        [[[0, 2], [5, 1]], [[1, 3], [4, 4]], [[2, 2], [0, 3]]],
+    ],
+)
+def test_small_strata_have_an_exact_p(tables):
+    tables = [np.array(table) for table in tables]
+    exact, count = tk.lesson("34_read_results").exact_stratified(tables)
+    assert exact == pytest.approx(exact_by_enumeration(tables))
+    if len(tables) == 1:
+        assert exact == pytest.approx(stats.fisher_exact(tables[0]).pvalue)
+    parts = [
+        frame(t[0, 0], t[1, 0], t[0, 1], t[1, 1], label)
+        for label, t in zip("abc", tables, strict=False)
+    ]
+    assert count < 5
+    assert tk.stratified_association(pd.concat(parts))["p"] == pytest.approx(exact)
+
+
+def test_the_committed_run_with_small_strata_has_its_exact_p(monkeypatch):
+    """`wrong_with_answer` of the microworld: chi-square says .026, the exact test .047."""
+    monkeypatch.setattr(tk, "RESULTS", tk.ROOT / "data/results")
+    run = next(r for r in tk.study_runs("microworld") if r.condition == "wrong_with_answer")
+    found = tk.stratified_association(run.frame)
+    tables = [
+        np.array([[sum(t & a), sum(t & ~a)], [sum(~t & a), sum(~t & ~a)]])
+        for _, part in run.frame.groupby("label")
+        for t, a in [(part["trace_ok"].to_numpy(bool), part["answer_ok"].to_numpy(bool))]
+        if 0 < t.sum() < len(part)
+    ]
+    chi_square = StratifiedTable(np.stack(tables, -1).astype(float))
+    assert chi_square.test_null_odds(correction=False).pvalue == pytest.approx(0.026, abs=5e-4)
+    assert found["p"] == pytest.approx(exact_by_enumeration(tables))
+    assert found["p"] == pytest.approx(0.047, abs=5e-4) and found["strata"] == 2
+
+
+def test_large_strata_keep_the_chi_square():
+    table = pd.concat([frame(12, 5, 6, 20, "a"), frame(30, 14, 9, 11, "b")])
+    reference = StratifiedTable([np.array([[12, 6], [5, 20]]), np.array([[30, 9], [14, 11]])])
+    p = reference.test_null_odds(correction=False).pvalue
+    assert tk.stratified_association(table)["p"] == pytest.approx(p)
+
+
 @pytest.mark.filterwarnings("error")  # a warning would carry a path into the notebooks
 def test_an_infinite_pooled_odds_ratio_is_null_with_a_reason():
     out = tk.disconnect_statistics(frame(5, 0, 0, 5))
