@@ -1,19 +1,25 @@
 """Forced traces: tokens, cached answers, planted answers, metrics, resuming, bad runs."""
 
 import json
+import re
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
-from conftest import make_workspace, notebook_functions, papermill
+from conftest import ROOT, make_workspace, notebook_functions, papermill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tracekd_utils as tk
 
 nb = notebook_functions("06_intervene_on_traces")
-SPACE = nb.make_item.__globals__  # what the notebook's functions see as globals
+force = notebook_functions("37_force_traces")
+answering = nb.ANSWERING
+SPACE = force.make_item.__globals__  # what the notebook's functions see as globals
+ANSWERS = answering.intervene.__globals__
 STUDY = "forced"
 
 
@@ -40,12 +46,12 @@ def items(microworld, corrupter, plain):
     known = {label: sorted(answers) for label, answers in known.items()}
     found = []
     for e in examples:
-        planted = nb.planted_answers(e, known, 0)
+        planted = force.planted_answers(e, known, 0)
         text = texts["gold"][e.id] + "; ".join(e.answers) + "</answer>"
         said = {"output": text, "output_ids": plain[1](text).input_ids}
-        heads = nb.heads_of(e, texts, planted)
+        heads = force.heads_of(e, texts, planted)
         prompt = tk.render_prompt(e)
-        found.append(nb.make_item(plain[1], e, prompt, heads, planted, said, "before"))
+        found.append(force.make_item(plain[1], e, prompt, heads, planted, said, "before"))
     return found
 
 
@@ -53,8 +59,10 @@ def forced_texts(examples, corrupter):
     """{arm: {id: text up to `<answer>`}} of the traces that 02 writes."""
     pool = corrupter.Pool(examples)
     return {
-        arm: {e.id: nb.up_to_answer(e, corrupter.make_trace(e, condition, pool)) for e in examples}
-        for arm, condition in nb.FILES.items()
+        arm: {
+            e.id: force.up_to_answer(e, corrupter.make_trace(e, condition, pool)) for e in examples
+        }
+        for arm, condition in force.FILES.items()
     }
 
 
@@ -63,7 +71,7 @@ def test_forced_tokens_and_answers_are_those_of_training(items, plain, corrupter
     tokenizer = plain[1]
     texts = forced_texts([i.example for i in items], corrupter)
     for item in items:
-        for arm, text in ((a, texts[a][item.example.id]) for a in nb.FILES):
+        for arm, text in ((a, texts[a][item.example.id]) for a in force.FILES):
             if arm not in item.forced:
                 assert arm == "masked"
                 continue
@@ -92,12 +100,12 @@ def test_own_tokens_are_forced_as_they_were_written(plain):
     text = "<think>Question type: x\nFacts:\n- a b</think>\n<answer>kitchen</answer>"
     letters = [i for c in text for i in tokenizer(c).input_ids]  # not what it would choose
     assert letters != tokenizer(text).input_ids
-    other = nb.force_text(tokenizer, "<answer>", ["kitchen</answer>"])
-    forced = nb.force_own(tokenizer, letters, other)
+    other = force.force_text(tokenizer, "<answer>", ["kitchen</answer>"])
+    forced = force.force_own(tokenizer, letters, other)
     head = text.partition("kitchen")[0]
     assert forced.ids == letters[: len(head)] and forced.lead == ""
     assert forced.tails == other.tails
-    half = nb.force_cut(tokenizer, letters, 0.5, ["kitchen</answer>"])
+    half = force.force_cut(tokenizer, letters, 0.5, ["kitchen</answer>"])
     kept = len("<think>") + len("Question type: x\nFacts:\n- a b") // 2
     assert half.ids[:kept] == letters[:kept]
     assert tokenizer.decode(half.ids[kept:]) == "</think>\n<answer>"
@@ -116,11 +124,11 @@ def test_own_tokens_are_forced_as_they_were_written(plain):
 )
 def test_outputs_without_an_answer_or_a_trace(plain, text, own, cut):
     tokenizer, ids = plain[1], plain[1](text).input_ids
-    other = nb.force_text(tokenizer, "<answer>", ["a</answer>"])
-    forced = nb.force_own(tokenizer, ids, other)
+    other = force.force_text(tokenizer, "<answer>", ["a</answer>"])
+    forced = force.force_own(tokenizer, ids, other)
     assert (forced is not None) is own
     assert not own or tokenizer.decode(forced.ids) == text.partition("<answer>")[0] + "<answer>"
-    assert (nb.force_cut(tokenizer, ids, 0.5, ["a</answer>"]) is not None) is cut
+    assert (force.force_cut(tokenizer, ids, 0.5, ["a</answer>"]) is not None) is cut
 
 
 def test_a_tokenizer_that_joins_the_tag_with_the_answer(example):
@@ -138,12 +146,12 @@ def test_a_tokenizer_that_joins_the_tag_with_the_answer(example):
     )
     joins = PreTrainedTokenizerFast(tokenizer_object=bpe)
     ends = ["kitchen</answer>", "garden</answer>"]
-    forced = nb.force_text(joins, head, ends)
+    forced = force.force_text(joins, head, ends)
     assert forced.lead == ">"
     for tail, end in zip(forced.tails, ends, strict=True):
         assert forced.ids + tail == joins(head + end).input_ids
-    assert nb.read_answer(">kitchen</answer>", forced, example) == ("kitchen", ("kitchen",))
-    assert nb.read_answer("kitchen</answer>", forced, example)[1] is None
+    assert force.read_answer(">kitchen</answer>", forced, example) == ("kitchen", ("kitchen",))
+    assert force.read_answer("kitchen</answer>", forced, example)[1] is None
 
 
 # ------------------------------------------------------------- cache against no cache
@@ -163,17 +171,17 @@ def test_cached_answers_are_those_without_a_cache(items, plain):
     for item in items[:4]:
         traces = list(item.forced.values())
         assert len({len(f.ids) for f in traces}) > 1  # of unequal length, side by side
-        found = nb.answer_all(model, tokenizer, item.prompt, traces, 12)
+        found = force.answer_all(model, tokenizer, item.prompt, traces, 12)
         prompts = [item.prompt + f.ids for f in traces]
         plainly = tk.generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=1)
-        for forced, (text, values), ids in zip(traces, found, plainly, strict=True):
-            assert text == tokenizer.decode(ids, skip_special_tokens=True)
+        for forced, (ours, values), ids in zip(traces, found, plainly, strict=True):
+            assert ours == ids
             assert len(values) == len(forced.tails) == 1 + bool(item.planted)
             for tail, value in zip(forced.tails, values, strict=True):
                 expected = reference(model, tokenizer, item.prompt, forced, tail)
                 assert value == pytest.approx(expected, abs=2e-3)
-        alone = [nb.answer_all(model, tokenizer, item.prompt, [f], 12)[0] for f in traces[::5]]
-        assert [text for text, _ in alone] == [text for text, _ in found[::5]]
+        alone = [force.answer_all(model, tokenizer, item.prompt, [f], 12)[0] for f in traces[::5]]
+        assert [ids for ids, _ in alone] == [ids for ids, _ in found[::5]]
         spread = pd.Series([values[0] for _, values in found]).std()
         assert spread > 0.1  # traces change what is compared, by far more than its tolerance
 
@@ -181,7 +189,7 @@ def test_cached_answers_are_those_without_a_cache(items, plain):
 def test_a_trace_whose_tag_ends_elsewhere_has_no_log_probability(items, plain):
     model, tokenizer = plain
     gold = items[0].forced["gold"]
-    found = nb.answer_all(model, tokenizer, items[0].prompt, [gold, gold._replace(tails=[])], 3)
+    found = force.answer_all(model, tokenizer, items[0].prompt, [gold, gold._replace(tails=[])], 3)
     assert found[0][0] == found[1][0] and found[0][1] and found[1][1] == []
 
 
@@ -208,8 +216,9 @@ def test_writing_stops_at_the_closing_tag_or_the_limit(plain, monkeypatch):
     first = torch.zeros(3, len(tokenizer))
     for row, script in enumerate(scripts):
         first[row, script[0]] = 1
-    found = nb.write_answers(plain[0], tokenizer, nb.State(None, torch.ones(3, 1)), first, 6)
-    assert found == ["kitchen</answer>", "a", tokenizer.decode(scripts[2][:6])]
+    found = force.write_answers(plain[0], tokenizer, force.State(None, torch.ones(3, 1)), first, 6)
+    said = [tokenizer.decode(ids) for ids in found]
+    assert said == ["kitchen</answer>", "a", tokenizer.decode(scripts[2][:6])]
     assert len(steps) == 5  # the first token needs no step
 
 
@@ -218,14 +227,14 @@ def test_planted_answers_by_hand(example):
     e = replace(example, answers=("kitchen",))
     known = {e.label: [("attic",), ("kitchen",), ("apple",), ("a", "b")]}
     # kitchen and apple stand in the gold facts, (a, b) are two
-    assert nb.planted_answers(e, known, 0) == ("attic",)
-    assert nb.planted_trace(e, ("attic",)) == tk.Trace(
+    assert force.planted_answers(e, known, 0) == ("attic",)
+    assert force.planted_trace(e, ("attic",)) == tk.Trace(
         label=e.label, facts=("Mary took the apple.", "Mary went to the attic.")
     )
-    assert nb.planted_answers(e, {e.label: [("kitchen",)]}, 0) is None  # no other one
-    assert nb.planted_answers(replace(e, answers=("yes",)), known, 0) is None
+    assert force.planted_answers(e, {e.label: [("kitchen",)]}, 0) is None  # no other one
+    assert force.planted_answers(replace(e, answers=("yes",)), known, 0) is None
     two = replace(e, answers=("apple", "Mary"))  # exchanged at once, not one after the other
-    assert nb.planted_trace(two, ("mary", "lamp")).facts == (
+    assert force.planted_trace(two, ("mary", "lamp")).facts == (
         "Lamp took the mary.",
         "Lamp went to the kitchen.",
     )
@@ -236,10 +245,10 @@ def test_planted_traces_hold_the_planted_answer_and_not_the_gold_one(microworld)
     for e in microworld:
         known.setdefault(e.label, []).append(e.answers)
     for e in microworld:
-        if (answers := nb.planted_answers(e, known, 0)) is None:
+        if (answers := force.planted_answers(e, known, 0)) is None:
             continue
         n += 1
-        trace = nb.planted_trace(e, answers)
+        trace = force.planted_trace(e, answers)
         text = f" {tk.normalise(' '.join(trace.facts))} "
         assert all(f" {tk.normalise(a)} " in text for a in answers)
         assert not any(f" {tk.normalise(a)} " in text for a in e.answers)
@@ -261,9 +270,9 @@ def test_planting_never_raises(answer, fact):
         gold_facts=(fact,),
         answers=(answer,),
     )
-    planted = nb.planted_answers(e, {e.label: [("one",), ("two",)]}, 0)
+    planted = force.planted_answers(e, {e.label: [("one",), ("two",)]}, 0)
     if planted:
-        assert nb.planted_trace(e, planted).facts != (fact,)
+        assert force.planted_trace(e, planted).facts != (fact,)
 
 
 # --------------------------------------------------------------------------- metrics
@@ -314,22 +323,85 @@ def test_the_area_under_the_early_answering_curve():
     assert nb.early_answering(arms) == ([], None)
 
 
-def test_what_a_student_has_seen():
-    off = nb.off_distribution
-    assert not off("correct", 1.0, "gold") and off("correct", 1.0, "masked")
-    assert not off("masked", 1.0, "masked") and off("masked", 1.0, "gold")
-    assert not off("masked", 0.5, "gold")  # the other half of its rows were correct
-    assert all(off("vanilla", 1.0, a) for a in nb.ARMS if a not in ("own", "cut_100"))
-    assert set(nb.SEEN) <= set(tk.conditions())
+def seen_by(condition, microworld, corrupter, layout="before"):
+    """Arms that are off-distribution for a student of this condition."""
+    chosen = [e for e in microworld if e.split == "train"]
+    tests = [e for e in microworld if e.split == "test"][:60]
+    pool, examples = corrupter.Pool([*chosen, *tests]), {e.id: e for e in (*chosen, *tests)}
+    make = corrupter.make_trace
+    trained = {e.id: tk.render_target(e, make(e, condition, pool)) for e in chosen}
+    texts = {
+        arm: {e.id: force.up_to_answer(e, make(e, name, pool)) for e in tests}
+        for arm, name in force.FILES.items()
+    }
+    off = answering.off_distribution(layout, trained, texts, examples)
+    return {arm for arm, unseen in off.items() if unseen}
+
+
+def test_what_a_student_has_seen_follows_from_its_training_rows(microworld, corrupter):
+    """The table that was typed once, by condition; arms made by 06 are seen by nobody."""
+    made = {"empty", "planted", "cut_0", "cut_25", "cut_50", "cut_75"}
+    of_02 = set(force.FILES)
+    typed = {"correct": {"gold"}, "random_facts": {"gold", "wrong_label", "wrong_facts"}}
+    typed |= {name: {name} for name in ("wrong_label", "wrong_facts", "swapped", "filler")}
+    typed |= {"incorrect": set(), "rule_wrong": set()}  # both arms of the effect are unseen
+    for condition, arms in typed.items():
+        assert seen_by(condition, microworld, corrupter) == made | of_02 - arms, condition
+    assert "masked" not in seen_by("masked", microworld, corrupter)
+    assert "gold" in seen_by("masked", microworld, corrupter)
+    everything = seen_by("correct", microworld, corrupter, layout="none")
+    assert everything == set(nb.ARMS) - {"own", "cut_100"}
+
+
+# --------------------------------------------------------------------------- following
+def test_following_beside_coincidence_by_hand():
+    """Two of four follow, one of those gives the same answer under gold anyway."""
+    planted = pd.DataFrame(rows("planted", "aabb", (1, 1, 0, 0)))
+    planted["follows"], planted["planted_in_story"] = [True, True, False, False], [True, False] * 2
+    gold = pd.DataFrame(rows("gold", "aabb", (1, 1, 0, 0)))[::-1]  # joined by id, not by place
+    gold["follows"], gold["planted_in_story"] = [False, False, False, True], [False, True] * 2
+    found = nb.following(pd.concat([planted, gold]))
+    every, inside, outside = (found[part] for part in nb.PARTS)
+    assert (every["planted"]["estimate"], every["gold"]["estimate"]) == (0.5, 0.25)
+    assert (every["difference"]["estimate"], every["difference"]["n"]) == (0.25, 4)
+    assert (inside["planted"]["n"], inside["difference"]["estimate"]) == (2, 0.0)
+    assert (outside["planted"]["n"], outside["difference"]["estimate"]) == (2, 0.5)
+    assert inside["difference"]["low"] is None and inside["difference"]["reason"]
+    none = nb.following(gold)[nb.PARTS[0]]  # no item has a planted answer
+    assert none["planted"]["n"] == 0 and none["difference"]["reason"] == "no item"
+
+
+@pytest.mark.parametrize("study", ["babi", "microworld"])
+def test_the_committed_summaries_follow_from_the_committed_rows(study):
+    """Follow and coincidence of every stored run, counted here by other code."""
+    paths = sorted((ROOT / "data/results" / study).glob("*/interventions.parquet"))
+    assert paths or study != "babi"
+    for path in paths:
+        found = tk.read_json(path.parent / "interventions.json")
+        frame = pd.read_parquet(path)
+        said = {arm: part.set_index("id") for arm, part in frame.groupby("arm")}
+        plant = said["planted"]
+        both = [said[arm].loc[plant.index, "follows"].mean() for arm in ("planted", "gold")]
+        assert found["follow_gold"]["estimate"] == pytest.approx(both[1])
+        assert found["follow_difference"]["estimate"] == pytest.approx(both[0] - both[1])
+        inside = plant["planted_in_story"].astype(bool)
+        for key, mask in (("in_story", inside), ("not_in_story", ~inside)):
+            half = found[f"follow_{key}"]
+            assert half["planted"]["n"] == mask.sum()
+            assert half["planted"]["estimate"] == pytest.approx(plant[mask]["follows"].mean())
+        if "babi" in path.parent.name:
+            assert (len(plant), inside.sum()) == (202, 99)
+        details = tk.read_json(path.parent / "interventions-details.json")
+        assert details["off_distribution"]["planted"]
+        assert frame["item"].str.fullmatch("[0-9a-f]{12}").all()
 
 
 # -------------------------------------------------------------------- resume, bad input
 def test_a_killed_notebook_goes_on_where_it_stopped(items, plain, tmp_path, monkeypatch):
     model, tokenizer = plain
-    monkeypatch.setitem(SPACE, "max_new_tokens", 4)
     whole, path = {}, tmp_path / "rows.jsonl"
-    nb.intervene(model, tokenizer, items[:6], tmp_path / "whole.jsonl", whole)
-    calls, answer_all = [], nb.answer_all
+    answering.intervene(model, tokenizer, items[:6], tmp_path / "whole.jsonl", whole, 4)
+    calls, answer_all = [], force.answer_all
 
     def killed(*given):
         calls.append(given)
@@ -339,15 +411,17 @@ def test_a_killed_notebook_goes_on_where_it_stopped(items, plain, tmp_path, monk
 
     monkeypatch.setitem(SPACE, "answer_all", killed)
     with pytest.raises(KeyboardInterrupt):
-        nb.intervene(model, tokenizer, items[:6], path, nb.done_rows(path, items[:6]))
+        answering.intervene(
+            model, tokenizer, items[:6], path, answering.done_rows(path, items[:6]), 4
+        )
     lines = path.read_bytes().splitlines(keepends=True)
     assert len(lines) == 4
     path.write_bytes(b"".join(lines[:-1]) + lines[-1][:200])  # the last item is torn
-    done = nb.done_rows(path, items[:6])
+    done = answering.done_rows(path, items[:6])
     assert len(done) == 3 and all(done[k] == whole[k] for k in done)
-    nb.intervene(model, tokenizer, items[:6], path, done)
+    answering.intervene(model, tokenizer, items[:6], path, done, 4)
     assert len(calls) == 5 + 3  # the three that lack
-    assert done.keys() == whole.keys() and nb.done_rows(path, items[:6]) == done
+    assert done.keys() == whole.keys() and answering.done_rows(path, items[:6]) == done
     for k in whole:
         for ours, theirs in zip(done[k], whole[k], strict=True):
             assert ours["answer"] == theirs["answer"] and ours["arm"] == theirs["arm"]
@@ -356,9 +430,9 @@ def test_a_killed_notebook_goes_on_where_it_stopped(items, plain, tmp_path, monk
 
 def test_an_answer_or_a_trace_longer_than_the_window(items):
     need = max(len(i.prompt) + len(f.ids) for i in items for f in i.forced.values())
-    nb.check_window(items, need + 38, 8)
+    answering.check_window(items, need + 38, 8)
     with pytest.raises(ValueError, match=r"microworld/test/\d+, arm \w+: .*window has 60.*take"):
-        nb.check_window(items, 60, 8)
+        answering.check_window(items, 60, 8)
 
 
 def make_run(study="bad", condition="correct", protocol="controlled", predictions=(), seed=0):
@@ -374,62 +448,173 @@ def make_run(study="bad", condition="correct", protocol="controlled", prediction
     return metrics | {"layout": layout}, folder
 
 
+def choose(study, run_id, stored=None):
+    runs = tk.study_runs(study)
+    stored = stored or {run.metrics["run_id"]: None for run in runs}
+    return nb.choose_run(runs, stored, run_id)
+
+
 def test_runs_that_cannot_be_intervened_on(outside_root):
     with pytest.raises(FileNotFoundError, match="holds no run; run 00_run_study"):
-        nb.find_run("nothing", "")
+        choose("nothing", "")
     metrics, folder = make_run(predictions=[{"id": "microworld/test/7", "output": "x"}])
     name = metrics["run_id"]
-    with pytest.raises(FileNotFoundError, match="holds no run.*adapter.*03_finetune.*study=bad"):
-        nb.find_run("bad", "")
+    with pytest.raises(FileNotFoundError, match="holds no run.*adapter.*03_finetune.*study="):
+        choose("bad", "")
     with pytest.raises(FileNotFoundError, match=f"'other'; known: {name}"):
-        nb.find_run("bad", "other")
-    assert nb.find_run("bad", name).metrics == metrics
+        choose("bad", "other")
+    assert choose("bad", name).metrics == metrics
     outputs = "predictions.parquet.*{}.*03_finetune.*04_score"
     with pytest.raises(ValueError, match=outputs.format("test/7.*output_ids")):
-        nb.read_outputs(name, folder)
+        answering.read_outputs(name, folder)
     tk.write_parquet(folder / "predictions.parquet", [])
     with pytest.raises(ValueError, match=outputs.format("no row")):
-        nb.read_outputs(name, folder)
+        answering.read_outputs(name, folder)
     (folder / "predictions.parquet").unlink()
     with pytest.raises(FileNotFoundError, match="predictions.parquet is missing"):
-        nb.read_outputs(name, folder)
+        answering.read_outputs(name, folder)
     with pytest.raises(ValueError, match="protocol 'published'.*'controlled'"):
-        nb.check_run(*make_run(protocol="published"))
+        answering.check_run(*make_run(protocol="published"))
     with pytest.raises(ValueError, match="'direct'.*no adapter"):
-        nb.check_run(*make_run(condition="direct"))
+        answering.check_run(*make_run(condition="direct"))
     with pytest.raises(FileNotFoundError, match="adapter.*papermill.*-p study bad.*-p epochs 1"):
-        nb.check_adapter(metrics)
+        answering.check_adapter(metrics)
+    adapter = answering.adapter_of(name)
+    for content in (b"", b"cut short"):
+        tk.write_atomic(adapter, content)
+        with pytest.raises(ValueError, match="adapter_model.safetensors is damaged.*train"):
+            answering.check_adapter(metrics)
+    adapter.unlink()
 
 
 def test_the_first_usable_run_has_a_trace_to_force(outside_root):
     made = [make_run("usable", c, seed=s)[1] for c, s in (("vanilla", 0), ("correct", 1))]
     for folder in made:
-        tk.write_json(folder / "interventions.json", {})
-    assert nb.find_run("usable", "").folder == made[1]  # vanilla stands first in the registry
-    adapter = nb.adapter_of(made[0].name)
-    adapter.parent.mkdir(parents=True)
-    adapter.touch()
-    assert nb.find_run("usable", "").folder == made[0]  # an adapter comes before stored rows
+        tk.write_atomic(answering.adapter_of(folder.name), "")
+    assert choose("usable", "").folder == made[1]  # vanilla stands first in the registry
+    answering.adapter_of(made[1].name).unlink()
+    assert choose("usable", "").folder == made[0]
+    # what is stored is shown, nothing is answered
+    assert choose("usable", "", {made[0].name: ([], {}), made[1].name: None}) is None
 
 
 def test_outputs_of_this_very_adapter_come_first(outside_root):
     metrics, folder = make_run("own", predictions=[{"id": "a", "output_ids": [1]}])
-    assert nb.read_outputs(metrics["run_id"], folder) == [{"id": "a", "output_ids": [1]}]
+    assert answering.read_outputs(metrics["run_id"], folder) == [{"id": "a", "output_ids": [1]}]
     again = tk.RUNS / metrics["run_id"] / "predictions.parquet"
     tk.write_parquet(again, [{"id": "a", "output_ids": [2]}])
-    assert nb.read_outputs(metrics["run_id"], folder) == [{"id": "a", "output_ids": [2]}]
+    assert answering.read_outputs(metrics["run_id"], folder) == [{"id": "a", "output_ids": [2]}]
 
 
-def test_rows_of_other_settings_are_not_taken(outside_root, capsys):
-    _, folder = make_run("stored")
-    settings = {"seed": 0, "max_new_tokens": 24}
-    assert nb.saved_rows(folder, ["a"], settings) == (None, {})
-    tk.write_parquet(folder / "interventions.parquet", [{"id": "a"}])
-    tk.write_json(folder / "interventions-details.json", {"settings": settings})
-    assert nb.saved_rows(folder, ["a"], settings) == ([{"id": "a"}], {"settings": settings})
-    for ids, other in ((["a", "b"], settings), (["a"], settings | {"seed": 1})):
-        assert nb.saved_rows(folder, ids, other) == (None, {})
-        assert "stored: 1 items" in capsys.readouterr().out
+SETTINGS = {"seed": 0, "max_new_tokens": 24, "adapter": "a" * 12, "code": "c" * 12}
+
+
+def test_rows_of_another_adapter_or_code_are_not_taken_in_silence():
+    stored = [{"id": "a"}], {"settings": SETTINGS}
+    assert not nb.is_current(None, SETTINGS, [{"id": "a"}])
+    assert nb.is_current(stored, SETTINGS, [{"id": "a"}])
+    assert not nb.is_current(stored, SETTINGS, [{"id": "a"}, {"id": "b"}])
+    for key, value in (("seed", 1), ("max_new_tokens", 9), ("adapter", "b"), ("code", "d")):
+        other = SETTINGS | {key: value}
+        assert not nb.is_current(stored, other, [{"id": "a"}])
+        assert answering.differing(other, SETTINGS) == [
+            f"{key} {SETTINGS[key]} there, {value} here"
+        ]
+    # without an adapter nothing could be answered here: rows of the same question are shown
+    gone = SETTINGS | {"adapter": None}
+    assert nb.is_current(stored, gone | {"code": "d"}, [{"id": "a"}])
+    assert not nb.is_current(stored, gone | {"seed": 1}, [{"id": "a"}])
+    # rows of an earlier code do not say whose they are
+    earlier = {"seed": 0, "max_new_tokens": 24}
+    assert "adapter not noted there" in answering.differing(SETTINGS, earlier)[0]
+    assert not nb.is_current((stored[0], {"settings": earlier}), SETTINGS, [{"id": "a"}])
+
+
+def test_the_code_is_named_by_its_functions_alone(outside_root, monkeypatch, tmp_path):
+    def name_of(*sources):
+        content = {"cells": [{"cell_type": "code", "source": s, "metadata": {}} for s in sources]}
+        tk.write_json(tmp_path / "notebooks/x.ipynb", content)
+        return answering.code_of("x")
+
+    monkeypatch.setattr(tk, "ROOT", tmp_path)
+    first = name_of("def f():\n    return 1", "def g():\n    pass\n\nprint(f())")
+    assert first == name_of("# why\ndef g(): pass", "seed = 3", "def f():\n    return 1")
+    assert first != name_of("def f():\n    return 2", "def g(): pass")
+
+
+@pytest.fixture
+def left(outside_root, tmp_path):
+    """Copy of a committed run's folder, to damage."""
+    source = next((ROOT / "data/results/babi").glob("*-vanilla-controlled-seed0-*"))
+    shutil.copytree(source, tmp_path / source.name)
+    return tmp_path / source.name
+
+
+def change(folder, **fields):
+    path = folder / "interventions.parquet"
+    stored = tk.read_parquet(path)
+    tk.write_parquet(path, [stored[0] | fields, *stored[1:]])
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: change(f, arm="<img src=x onerror=alert(1)>"), "parquet.*0.arm.*<img"),
+        (lambda f: change(f, arm="$x^{$"), "parquet.*0.arm.*'own'"),
+        (lambda f: change(f, arm="gold"), "2508 rows about 2507 pairs"),
+        (lambda f: change(f, id=None), "parquet.*0.id.*string"),
+        (lambda f: (f / "interventions.parquet").write_bytes(b"PAR1"), "no whole Parquet"),
+        (lambda f: (f / "interventions.parquet").unlink(), "parquet is missing"),
+        (lambda f: (f / "interventions-details.json").write_text("[]"), "details.json: expected"),
+        (lambda f: (f / "interventions-details.json").write_text("{}"), "details.json.*settings"),
+        (lambda f: (f / "interventions-details.json").unlink(), "details.json is missing"),
+    ],
+)
+def test_damaged_stored_rows_are_one_error_with_file_and_what_to_do(left, damage, message):
+    assert len(answering.read_stored(left)[0]) == 2508
+    damage(left)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        answering.read_stored(left)
+    assert re.search("restore|write it again|write the file again|run ", str(error.value))
+
+
+def test_answers_about_other_items_than_the_outputs_are_refused(left):
+    kept, _ = answering.read_stored(left)
+    run = SimpleNamespace(folder=left)
+    nb.check_join(run, kept)
+    with pytest.raises(ValueError, match="names two questions"):
+        nb.check_join(run, [kept[0] | {"item": "0" * 12}, *kept[1:]])
+    with pytest.raises(ValueError, match="answers about other/1"):
+        nb.check_join(run, [kept[0] | {"id": "other/1"}, *kept[1:]])
+
+
+def test_new_answers_say_how_far_they_land_and_replace_nothing(left, monkeypatch, outside_root):
+    """One answer in 2,508 differs; the stored rows stay, letter for letter."""
+    kept, details = answering.read_stored(left)
+    again = [kept[0] | {"answer": "elsewhere", "answer_ok": False}, *kept[1:]]
+    before = {p.name: p.read_bytes() for p in left.iterdir()}
+    new, old = (again, details | {"settings": SETTINGS}), (kept, details)
+    run = SimpleNamespace(folder=left)
+    assert nb.keep_or_replace(run, new, old) is old
+    assert {p.name: p.read_bytes() for p in left.iterdir()} == before
+    beside = tk.read_json(tk.RUNS / left.name / "interventions-details.json")["reproduction"]
+    assert beside["identical"]["estimate"] == pytest.approx(2507 / 2508)
+    assert beside["settings"][0] == SETTINGS and beside["settings"][1] == details["settings"]
+    assert beside["right answers, own, new − stored"]["n"] == 300
+    monkeypatch.setitem(nb.keep_or_replace.__globals__, "replace_stored", True)
+    assert nb.keep_or_replace(run, new, old) is new
+    assert answering.read_stored(left)[1]["reproduction"] == beside
+
+
+def test_null_intervals_have_words():
+    """All paired differences equal, or none at all: a sentence and no exception."""
+    none = nb.in_points(tk.paired_difference([], []))
+    assert none == "not defined (no item)"
+    assert nb.in_points(tk.paired_difference([1, 1], [1, 1])) == "+0.0 (all 2 values are equal)"
+    one = pd.DataFrame(rows("gold", "a", (True,)))  # one item, one arm
+    found = nb.effects_of(one)
+    assert set(found) == {*nb.PAIRS, "planted followed, above coincidence"}
+    assert found["wrong facts against gold"]["estimate"] is None
 
 
 def test_a_training_file_of_other_content_is_refused(outside_root, monkeypatch):
@@ -440,10 +625,9 @@ def test_a_training_file_of_other_content_is_refused(outside_root, monkeypatch):
     tk.write_jsonl(path, [{"id": "a"}])
     asked = []
     monkeypatch.setattr(tk, "run_notebook", lambda name, **given: asked.append((name, given)))
-    for key, value in (("metrics", metrics), ("study", "mixed")):
-        monkeypatch.setitem(SPACE, key, value)
+    (run,) = tk.study_runs("mixed")
     with pytest.raises(ValueError, match="is not of run microworld-tiny-correct.*run 02 again"):
-        nb.collect_traces(metrics["parameters"])
+        answering.collect_traces(run, 0)
     ((name, given),) = asked
     assert name == "02_corrupt_traces" and given["conditions"] == "correct"
     assert (given["n_train"], given["n_test"], given["seed"]) == (1, 1, 0)
@@ -498,7 +682,7 @@ def add_run(monkeypatch, folder, condition, examples, corrupter, tokenizer, answ
         monkeypatch.setattr(tk, name, folder / "data" / name.lower())
     tk.write_jsonl(tk.INTERIM / "microworld/examples.jsonl", examples)
     pool = corrupter.Pool(examples)
-    for c in {*nb.FILES.values(), condition}:
+    for c in {*force.FILES.values(), condition}:
         tk.write_jsonl(
             tk.sft_path("microworld", "controlled", c, 1.0, 0),
             [
