@@ -362,11 +362,9 @@ def read_parquet(path: str | Path) -> list[dict]:
 
 # ------------------------------------------------------------------------------------- text
 LONGEST = 20_000  # characters read of an output, and of a text that is normalised
-# a number with its sign and its inner marks, or a word
 WORD = re.compile(r"(?:(?<![\w.,)\]])-)?\d+(?:[.,:/]\d+)*\w*|\w+")
 THOUSANDS = re.compile(r"(?<![\w.,:/])\d{1,3}(?:,\d{3})+(?![\d,:/])")
-# Unicode's stream-safe form (UAX 15) has at most 30 combining marks in a row; without the limit
-# normalisation takes quadratic time
+# stream-safe text (UAX 15): 30 combining marks in a row, or normalisation takes quadratic time
 MANY_MARKS = re.compile(
     r"((?:[^\w\s\x00-\x7f]|[\uff9e\uff9f]){30})(?:[^\w\s\x00-\x7f]|[\uff9e\uff9f])+"
 )
@@ -736,7 +734,7 @@ TAUGHT_IN = {
     ),
     "05_analyse_disconnect": ("phi_coefficient", "stratified_association", "disconnect_statistics"),
     "09_reaudit_published": ("released_extract", "released_score"),
-    "30_read_outputs": ("parse_output", "read_answers", "take_answers"),
+    "30_read_outputs": ("parse_output",),
     "31_run_students": (
         "find_student",
         "student_folder",
@@ -762,6 +760,7 @@ TAUGHT_IN = {
         "half_written",
     ),
     "35_score_answers": ("match_fact", "token_f1", "score", "quadrant", "quadrants"),
+    "38_read_pieces": ("read_answers", "take_answers"),
 }
 
 
