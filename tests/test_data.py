@@ -368,7 +368,7 @@ def test_the_room_says_what_the_examples_were_made_from(nb, tmp_path, monkeypatc
     parameters = {"dataset": "microworld", "study": "s", "seed": 0, "n_test": 180}
     rows = [nb.compare(e, nb.rule_microworld(e.facts, e.question)) for e in microworld]
     parts = ["label_same", "facts_same", "answers_same"]
-    found = nb.summarise(microworld, {"left_out": {}}, pd.DataFrame(rows), parts)
+    found = nb.summarise(microworld, {"left_out": {}, "rows_read": {}}, pd.DataFrame(rows), parts)
     found |= {"dataset": "microworld", "seed": 0}
     found |= nb.made_from(microworld, parameters, {"a.txt": "0" * 64})
     examples, _ = nb.save_decomposition("s", found, microworld)
