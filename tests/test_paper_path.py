@@ -7,6 +7,7 @@ Students are tiny random ones of both families (`families.py`); what differs on 
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -322,6 +323,7 @@ def prepared(tmp_path_factory, corrupter, microworld):
                 "condition": "correct",
                 "prompt": tk.render_prompt(e),
                 "target": tk.render_target(e, corrupter.make_trace(e, "correct", pool)),
+                "item": tk.item_of(e),
             }
             for e in parts
         ],
@@ -346,7 +348,7 @@ def test_03_takes_a_local_folder(prepared, folders):
     record = json.loads(path.read_text())
     assert record["n_test"] == 4 and record["train_tokens"] > 0
     assert (record["layout"], record["has_facts"]) == ("before", True)
-    assert record["student_files"] == "qwen3" and record["studies"] == ["local"]
+    assert re.fullmatch(r"qwen3@[0-9a-f]{12}", record["student_files"]) and record["studies"] == ["local"]
     assert [r for r in tk.read_jsonl(path.with_name("outputs.jsonl")) if r["ids"]]
     assert (path.parent / "adapter").is_dir()
 

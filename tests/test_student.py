@@ -333,6 +333,7 @@ def training_file(monkeypatch, tmp_path, corrupter, microworld):
             "split": "train",
             "prompt": tk.render_prompt(e),
             "target": tk.render_target(e, corrupter.make_trace(e, "correct", pool)),
+            "item": tk.item_of(e),
         }
         for e in parts
     ]
@@ -345,6 +346,7 @@ def training_file(monkeypatch, tmp_path, corrupter, microworld):
             tk.write_jsonl(path, made)
 
     study = notebook_functions("03_finetune_student", study="s")
+    assert tk.read_rows  # looked up in its notebook before the root is another one
     monkeypatch.setattr(tk, "run_notebook", run_notebook)
     monkeypatch.setattr(tk, "ROOT", tmp_path)
     return SimpleNamespace(
@@ -372,7 +374,7 @@ def test_missing_rows_are_made_with_the_sizes_of_the_study(training_file):
     assert t.study.ensure_rows(t.examples) == t.rows and len(t.calls) == 2
 
 
-@pytest.mark.parametrize("change", [{"id": "microworld/train/none"}, {"prompt": "Where is Bob?"}])
+@pytest.mark.parametrize("change", [{"id": "microworld/train/none"}, {"item": "0" * 12}, {"item": None}])
 def test_rows_of_other_examples_are_made_again_or_refused(training_file, change):
     t = training_file
     odd = [*t.rows[:3], {**t.rows[3], **change}]

@@ -102,6 +102,7 @@ def prepare(folder, corrupter):
                 "condition": "correct",
                 "prompt": tk.render_prompt(e),
                 "target": tk.render_target(e, corrupter.make_trace(e, "correct", pool)),
+                "item": tk.item_of(e),
             }
             for e in examples
         ],
