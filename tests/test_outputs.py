@@ -37,9 +37,15 @@ EVIL = "<img src=x onerror=alert(1)>$x^2$`|**b**"
 FACTS = {"parameters": {"protocol": "published"}, "layout": "before", "has_facts": True}
 
 
+def everything(**parameters):
+    """What 04 defines, and 40, which gathers the outputs for it."""
+    gathering = vars(notebook_functions("40_gather_outputs", **parameters))
+    return SimpleNamespace(**{**gathering, **vars(notebook_functions(NAME, **parameters))})
+
+
 @pytest.fixture
 def functions():
-    return notebook_functions(NAME, study="mini")
+    return everything(study="mini")
 
 
 @pytest.fixture
@@ -373,7 +379,7 @@ def test_text_that_may_not_be_passed_on_stays_out_of_the_results(functions, fold
 def test_a_run_of_two_studies_is_stored_in_both(functions, folders, example):
     make_run(save_items(example), studies=["mini", "second"])
     score_waiting(functions)
-    second = notebook_functions(NAME, study="second")
+    second = everything(study="second")
     (folder,) = second.waiting_folders("second")
     second.store(*score_run(second, second.read_run(folder)))
     assert tk.study_runs("second")[0].parameters["study"] == "second"
@@ -596,7 +602,7 @@ def test_damaged_results_are_not_compared_with(functions, folders, example, name
 
 def anybody(title="", **parameters):
     given = {"study": "mine", "dataset": "microworld", **parameters}
-    functions = notebook_functions(NAME, **given)
+    functions = everything(**given)
     functions.read_file.__globals__["name"] = title  # `name` is what lesson() calls the notebook
     return functions
 
