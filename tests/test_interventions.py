@@ -21,6 +21,7 @@ answering = nb.ANSWERING
 SPACE = force.make_item.__globals__  # what the notebook's functions see as globals
 ANSWERS = answering.intervene.__globals__
 STUDY = "forced"
+EXAMPLES = "data/interim/microworld/examples.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -606,6 +607,31 @@ def test_new_answers_say_how_far_they_land_and_replace_nothing(left, monkeypatch
     assert answering.read_stored(left)[1]["reproduction"] == beside
 
 
+def test_one_item_and_a_crafted_name_are_shown_as_they_are(left, tmp_path):
+    """One item has no interval anywhere; a condition's name is no markup and no formula."""
+    odd = "<img src=x onerror=alert(1)>$x^{"
+    space = make_workspace(tmp_path / "space")
+    kept, details = answering.read_stored(left)
+    one = [row for row in kept if row["id"] == kept[0]["id"]]
+    answering.write_rows(left, one, details)
+    metrics = tk.read_json(left / "metrics.json")
+    metrics["parameters"]["condition"] = odd
+    tk.write_json(left / "metrics.json", metrics)
+    shutil.copytree(left, space / "data/results/odd" / left.name)
+    done = papermill(space, "06_intervene_on_traces", "-p", "study", "odd")
+    assert done.returncode == 0, done.stderr[-3000:]
+    cells = json.loads((space / "06_intervene_on_traces-out.ipynb").read_text())["cells"]
+    shown = [o["data"] for c in cells for o in c.get("outputs", ()) if "data" in o]
+    pages = ["".join(data.get(kind, "")) for data in shown for kind in ("text/html",)]
+    pages += ["".join(data.get("text/markdown", "")) for data in shown]
+    assert any("onerror" in page for page in pages)
+    assert not any("<img src=x" in page for page in pages)
+    found = tk.read_json(space / "data/results/odd" / left.name / "interventions.json")
+    assert found["n"] == 1 and found["ate_interval"] is None
+    assert found["follow_difference"]["low"] is None and found["follow_difference"]["reason"]
+    assert (space / "figures/odd/06_answer_ok.png").exists()
+
+
 def test_null_intervals_have_words():
     """All paired differences equal, or none at all: a sentence and no exception."""
     none = nb.in_points(tk.paired_difference([], []))
@@ -678,8 +704,9 @@ def blind_student(folder, words):
 
 def add_run(monkeypatch, folder, condition, examples, corrupter, tokenizer, answer):
     """A finished run of the blind student in a workspace: 03's files without its training."""
-    for name in ("INTERIM", "RUNS", "RESULTS"):
+    for name in ("RAW", "INTERIM", "RUNS", "RESULTS"):
         monkeypatch.setattr(tk, name, folder / "data" / name.lower())
+    monkeypatch.chdir(folder)  # where the student's folder is looked for
     tk.write_jsonl(tk.INTERIM / "microworld/examples.jsonl", examples)
     pool = corrupter.Pool(examples)
     for c in {*force.FILES.values(), condition}:
@@ -708,7 +735,8 @@ def add_run(monkeypatch, folder, condition, examples, corrupter, tokenizer, answ
             if len(rows)
             else "unreadable"
         )
-        rows.append({"id": e.id, "output": text, "output_ids": tokenizer(text).input_ids})
+        row = {"id": e.id, "item": tk.item_of(e), "output": text}
+        rows.append(row | {"output_ids": tokenizer(text).input_ids})
     results = tk.RESULTS / STUDY / run.run_id
     tk.write_parquet(results / "predictions.parquet", rows)
     metrics = {"run_id": run.run_id, "data_hash": run.data_hash, "n_test": len(rows)}
@@ -733,7 +761,7 @@ def forced_run(folder, condition, microworld, corrupter, answer):
 
 def execute(monkeypatch, folder):
     """Run the cells of 06 in this process on a workspace; return their variables."""
-    for name in ("INTERIM", "RUNS", "RESULTS"):
+    for name in ("RAW", "INTERIM", "RUNS", "RESULTS"):
         monkeypatch.setattr(tk, name, folder / "data" / name.lower())
     monkeypatch.setattr(tk, "FIGURES", folder / "figures")
     monkeypatch.chdir(folder)
@@ -753,14 +781,10 @@ def test_a_student_that_cannot_use_its_trace(tmp_path, microworld, corrupter):
     done = papermill(tmp_path, "06_intervene_on_traces", "-p", "study", STUDY)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads((results / "interventions.json").read_text())
+    parts = {"gold", "difference", "in_story", "not_in_story"}
     assert set(found) == {
-        "n",
-        "own_identical",
-        "arms",
-        "ate_answer_ok",
-        "ate_interval",
-        "early_answering",
-        "area",
+        *("n", "own_identical", "arms", "ate_answer_ok", "ate_interval"),
+        *("early_answering", "area", *(f"follow_{part}" for part in parts)),
     }
     assert (found["n"], found["own_identical"], found["ate_answer_ok"]) == (12, 1.0, 0.0)
     assert found["ate_interval"] is None and found["area"] == 1.0
@@ -795,11 +819,13 @@ def test_a_student_that_cannot_use_its_trace(tmp_path, microworld, corrupter):
     details = json.loads((results / "interventions-details.json").read_text())
     assert details["unreadable"] == 1 and details["left_out"]["own"] == 1
     assert details["identical"]["n"] == 11 and not details["off_distribution"]["gold"]
-    drawn = {p.name.split("_correct_")[0] for p in (tmp_path / "figures" / STUDY).glob("*.png")}
-    assert drawn == {
-        f"06_{m}"
-        for m in ("answer_ok", "flip_rate", "follow_rate", "logprob", "effects", "early_answering")
-    }
+    assert details["identical_by"] == "token ids" and details["settings"]["adapter"]
+    # one figure a study, whatever its runs are called
+    drawn = {p.stem for p in (tmp_path / "figures" / STUDY).glob("*.png")}
+    names = ("answer_ok", "flip_rate", "follow", "logprob", "effects", "early_answering")
+    assert drawn == {f"06_{name}" for name in names}
+    gold = {e.id: tk.item_of(e) for e in tk.read_examples(tmp_path / EXAMPLES)}
+    assert dict(zip(rows["id"], rows["item"], strict=True)).items() <= gold.items()
 
 
 def test_a_vanilla_student_has_no_own_trace_and_a_reason(
@@ -819,5 +845,5 @@ def test_a_vanilla_student_has_no_own_trace_and_a_reason(
         if path.name == "adapter":
             (path / "adapter_model.safetensors").unlink()
     (tmp_path / "data/blind/model.safetensors").unlink()
-    assert execute(monkeypatch, tmp_path)["items"] == []
+    execute(monkeypatch, tmp_path)
     assert {p.name: p.read_bytes() for p in results.iterdir()} == before
