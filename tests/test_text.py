@@ -283,12 +283,10 @@ LONG = {
     "start", ["", "<think>Type: x\nFacts:\n- a\n", "<think>Facts: ['", "<answer>['"]
 )
 @pytest.mark.parametrize("piece", LONG.values(), ids=LONG)
-def test_a_hundred_thousand_characters_take_under_a_second(example, start, piece):
-    text = start + piece * (100_000 // len(piece))
-    begun = time.process_time()
-    # a quarter first: a reading that is not linear fails here, before it takes minutes
-    tk.score(tk.parse_output(text[: len(text) // 8], example), example)
-    assert time.process_time() - begun < 0.25
-    begun = time.process_time()
-    tk.score(tk.parse_output(text, example), example)
-    assert time.process_time() - begun < 1.0
+def test_a_hundred_thousand_characters_take_under_a_tenth_of_a_second(example, start, piece):
+    text, taken = start + piece * (100_000 // len(piece)), []
+    for _ in range(3):  # of a busy machine the quietest moment
+        begun = time.process_time()
+        tk.score(tk.parse_output(text, example), example)
+        taken.append(time.process_time() - begun)
+    assert min(taken) < 0.1
