@@ -724,7 +724,7 @@ def _run_lesson(changed: int, name: str, parameters: tuple) -> SimpleNamespace:
 
 # code that stands where it is taught: `tk.score` is the function `score` of 35_score_answers
 TAUGHT_IN = {
-    "00_run_study": ("fetch", "read_predictions"),
+    "00_run_study": ("fetch", "find_examples", "read_predictions"),
     "03_finetune_student": (
         "collate",
         "training_order",
@@ -882,34 +882,6 @@ def find_room(name: str) -> str | None:
     return dataset(name).room or (found[0].stem if found else None)
 
 
-def find_examples(name: str, study: str = "", report: Callable = print) -> list[Example]:
-    """Examples of a dataset; its notebook makes those that are missing or of another study."""
-    path = INTERIM / name / "examples.jsonl"
-    record = RESULTS / (study or name) / "decomposition.json"
-    made = read_json(record) if record.exists() else {}
-    reason = "is missing"
-    if path.exists():
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if made.get("examples_sha256", digest) == digest:
-            return read_examples(path)
-        reason = f"does not hold the examples of study {study or name}"
-    room = find_room(name)
-    if room is None:
-        raise FileNotFoundError(
-            f"{path} {reason}, and no notebook of the repository makes the dataset {name}; put "
-            "its examples there (README.md, Your own data)"
-        )
-    report(f"{path.relative_to(INTERIM)} {reason}: running {room}")
-    defaults = notebook_defaults(room)
-    given = {k: v for k, v in made.get("parameters", {}).items() if k in defaults}
-    given |= {"dataset": name, "study": study or name}
-    said: list[str] = []
-    run_notebook(room, on_line=said.append, **given)
-    if not path.exists():
-        report("\n".join(said[-5:]))  # why there are none
-    return read_examples(path)
-
-
 def sft_path(name: str, protocol: str, condition: str, dose: float, seed: int) -> Path:
     """File of (prompt, target) rows that 02 writes and 03 reads."""
     return INTERIM / name / "sft" / protocol / f"{condition}-dose{dose:g}-seed{seed}.jsonl"
@@ -1042,8 +1014,11 @@ def _read_run(path: Path) -> StoredRun:
 
 def check_runs(runs: Iterable[StoredRun]) -> None:
     """Raise `ValueError` where runs that are going to be joined by id have other items."""
-    frames = {run.folder.name: run.frame for run in runs}
-    check_items(**{name: dict(zip(f["id"], f["item"], strict=True)) for name, f in frames.items()})
+    sources = {}
+    for run in runs:
+        rows = run.frame
+        sources[run.folder.name] = dict(zip(rows["id"], rows["item"], strict=True))
+    check_items(**sources)
 
 
 def _name_arm(p: dict[str, Any], others: list[dict[str, Any]]) -> str:
@@ -1224,12 +1199,16 @@ def plain(text: Any) -> str:
 
 def show_table(table: pd.DataFrame, caption: str = "", index: bool = True, **how: Any) -> Styler:
     """A table with its caption, all text as it is; `how`: `formatter`, `precision`, `na_rep`."""
-    style = table.style.format(escape="html", **({"na_rep": "–"} | how))
+    how = {"na_rep": "–", "escape": "html"} | how
+    style = table.style.format(**how)
     for axis in (0, 1):
-        style.format_index(escape="html", axis=axis).format_index_names(escape="html", axis=axis)
+        style.format_index(escape="html", axis=axis)
+        style.format_index_names(escape="html", axis=axis)
     style.set_table_attributes('class="tex2jax_ignore mathjax_ignore"')
-    shown = style.set_caption(html.escape(caption))
-    return shown if index else shown.hide(axis="index")
+    style.set_caption(html.escape(caption))
+    if not index:
+        style.hide(axis="index")
+    return style
 
 
 def show_example(example: Example, outputs: dict[str, str] | None = None, note: str = ""):
