@@ -177,7 +177,7 @@ def test_the_conditions_differ_in_truth_and_not_in_number_of_facts(items, pool):
 MAKES_TRACES = tuple(c for c, r in nb.CONDITIONS.items() if r.build)
 CORRUPTS = tuple(c for c, r in nb.CONDITIONS.items() if r.corrupts)
 CITES = tuple(c for c in MAKES_TRACES if c not in ("shuffled", "filler"))
-NEVER_GOLD = ("incorrect", "wrong_facts", "rule_wrong", "wrong_with_answer")
+NEVER_GOLD = ("incorrect", "wrong_facts", "rule_wrong", "wrong_with_answer", "near_facts")
 
 
 @pytest.fixture
@@ -225,8 +225,8 @@ def test_traces_of_one_item_by_hand(example, trio):
     # labels of the pool: object-place, person-place, size-compare; after the apple comes the
     # ball, after the kitchen the ball is taken already and the garden comes round
     assert made["rule_wrong"] == tk.Trace(label="person-place", facts=others)
-    # no fact but a gold one holds `kitchen`
-    assert made["wrong_with_answer"] == made["wrong_facts"]
+    # no fact but a gold one holds `kitchen`, none but a gold one `apple`
+    assert made["wrong_with_answer"] == made["near_facts"] == made["wrong_facts"]
     assert made["masked"] == replace(
         right, facts=("Mary took the apple.", "Mary went to the [masked].")
     )
@@ -289,6 +289,7 @@ def test_the_answer_is_masked_as_a_word_and_only_in_facts(example):
         "The [masked] is in the boxes.",
         "A [masked], a [masked].",
     )
+    assert nb.is_masked(e) and not nb.is_masked(replace(e, answers=("chest",)))
     yes = replace(e, label="object-place", answers=("place",))
     assert nb.masked(yes, None, 0) == nb.correct(yes, None, 0)
     assert nb.CONDITIONS["masked"].applies(e) and not nb.CONDITIONS["masked"].applies(yes)
@@ -349,16 +350,59 @@ def test_random_traces_are_right_by_chance_alone(items, pool):
     assert abs(sum(hits) / len(hits) - p) < 4 * (p * (1 - p) / len(hits)) ** 0.5
 
 
+def test_near_facts_are_wrong_and_about_what_is_asked(example, trio):
+    facts = (*example.facts, "John took the apple.", "The apple is red.", "Apples grow.")
+    for i in range(40):
+        e = replace(example, id=f"x/{i}", facts=facts)
+        trace = nb.make_trace(e, "near_facts", trio)
+        assert trace == tk.Trace(label=e.label, facts=facts[4:6]) and nb.enough_near(e)
+    one = replace(example, facts=facts[:5])  # two are needed
+    assert nb.near(one) == [facts[4]] and not nb.enough_near(one)
+    assert not nb.CONDITIONS["near_facts"].applies(one)
+    assert nb.make_trace(one, "near_facts", trio) == nb.make_trace(one, "wrong_facts", trio)
+    more = replace(example, facts=(*facts, "The apple is big."))
+    drawn = {nb.make_trace(more, "near_facts", trio, seed).facts for seed in range(60)}
+    assert len(drawn) == 3  # pairs of three
+
+
+def test_near_facts_change_what_they_say_they_change(items, pool):
+    for e in items:
+        trace, asked = nb.make_trace(e, "near_facts", pool), nb.MEASURE.content_words(e.question)
+        near = all(asked & nb.MEASURE.content_words(f) for f in trace.facts)
+        assert near is nb.CONDITIONS["near_facts"].applies(e) or not near
+        if nb.CONDITIONS["near_facts"].applies(e):
+            assert near
+
+
+def test_swapped_traces_are_the_correct_ones_in_another_order(items, pool):
+    for seed in (0, 1):
+        for split, part in pool.splits.items():
+            ring = pool.ring(split, seed)
+            assert sorted(d.id for d in ring.values()) == sorted(ring) == [e.id for e in part]
+            assert all(donor.id != name for name, donor in ring.items())
+            swapped = Counter(nb.make_trace(e, "swapped", pool, seed) for e in part)
+            assert swapped == Counter(nb.make_trace(e, "correct", pool) for e in part)
+    assert pool.ring("train", 0) != pool.ring("train", 1)
+
+
+def test_without_an_item_one_other_trace_is_swapped_differently(items, pool):
+    for k in (0, 17, -1):
+        gone = pool.splits["train"][k].id
+        fewer = nb.Pool(e for e in items if e.id != gone)
+        before, after = pool.ring("train", 0), fewer.ring("train", 0)
+        moved = [name for name in after if after[name] != before[name]]
+        assert len(moved) == 1 and before[moved[0]].id == gone
+        assert after[moved[0]] == before[gone]
+        assert fewer.ring("test", 0) == pool.ring("test", 0)
+
+
 def test_a_swapped_trace_is_a_correct_one_of_another_item_of_the_split(items, pool):
     traces = {}
     for e in pool.examples:
         traces.setdefault(nb.make_trace(e, "correct", pool), set()).add((e.split, e.id))
-    donors = Counter()
     for e in items:
         found = traces[nb.make_trace(e, "swapped", pool)]
         assert any(split == e.split and other != e.id for split, other in found)
-        donors.update(other for split, other in found if len(found) == 1)
-    assert max(donors.values()) < 10  # not one donor for all
 
 
 def test_words_are_kept_in_shuffled_and_their_number_in_filler(items, pool):
@@ -461,6 +505,14 @@ def test_every_condition_round_trips_on_any_story(facts, k, answer, seed):
         assert (parsed.problems == ()) is (condition in CITES)
 
 
+def test_a_dose_is_a_coin_for_each_row(items):
+    drawn = [nb.is_dosed(e, "incorrect", 0, 0.5) for e in items]
+    assert drawn == [tk.stream(0, e.id, "dose").random() < 0.5 for e in items]
+    assert 0.4 < sum(drawn) / len(drawn) < 0.6
+    assert all(nb.is_dosed(e, "incorrect") for e in items)
+    assert not any(nb.is_dosed(e, c) for e in items for c in ("correct", "direct"))
+
+
 def test_checks_of_another_student_do_not_replace_those_that_are_stored(tmp_path):
     here = notebook_functions("02_corrupt_traces", student="org/other")
     same = {"protocol": "controlled", "dose": 1.0, "seed": 0, "rows": {"train": 4}}
@@ -472,3 +524,16 @@ def test_checks_of_another_student_do_not_replace_those_that_are_stored(tmp_path
     assert (path.name, kept) == ("manipulation_checks-org-other.json", {})
     tk.write_json(path, {**checks, "conditions": {"vanilla": {}}})
     assert here.choose_file(tmp_path, checks) == (path, {"vanilla": {}})
+
+
+def test_checks_of_before_the_upper_share_are_added_to(tmp_path):
+    here = notebook_functions("02_corrupt_traces")
+    checks = {"protocol": "controlled", "dose": 1.0, "seed": 0, "student": "smollm2-135m"}
+    tk.write_json(tmp_path / "manipulation_checks.json", {**checks, "conditions": {"correct": {}}})
+    path, kept = here.choose_file(tmp_path, {**checks, "max_share": 1.0})
+    assert (path.name, kept) == ("manipulation_checks.json", {"correct": {}})
+    other = notebook_functions("02_corrupt_traces", seed=1)
+    path, kept = other.choose_file(tmp_path, {**checks, "max_share": 1.0, "seed": 1})
+    assert (path.name, kept) == ("manipulation_checks-dose1-seed1.json", {})
+    path, kept = here.choose_file(tmp_path, {**checks, "max_share": 0.02})  # other rows
+    assert (path.name, kept) == ("manipulation_checks.json", {})

@@ -68,6 +68,18 @@ def test_worked_examples_stand_before_the_prompt_of_direct(pool):
     ) + tk.render_prompt(e, direct=True)
 
 
+def test_plain_shots_are_training_rows_and_the_same_ones(pool):
+    for e in pool.splits["test"][:20]:
+        shots = nb.worked_examples(e, pool, 0)
+        text, n = nb.few_shot_prompt(e, pool, 0, 8192, plain=True)
+        assert n == 4 and text == "".join(
+            f"{tk.render_prompt(s)}{tk.render_target(s, nb.correct(s, pool, 0))}\n\n" for s in shots
+        ) + tk.render_prompt(e)
+        assert "Write exactly this format" not in text and "Example 1" not in text
+        need = pool.count(nb.few_shot_prompt(e, pool, 0, 8192)[0]) + nb.ROOM
+        assert [nb.few_shot_prompt(e, pool, 0, w, True)[1] for w in (need, need - 1)] == [4, 3]
+
+
 def test_fewer_examples_are_shown_where_the_window_is_short(pool):
     e = pool.splits["test"][3]
     whole, alone = nb.few_shot_prompt(e, pool, 0, 8192)[0], tk.render_prompt(e, direct=True)
@@ -87,8 +99,7 @@ def test_both_are_untrained_wherever_it_matters(outside_root):
     study = notebook_functions("00_run_study")
     study.of_run.__globals__.update(chosen=study.PROFILES["laptop"])
     assert [study.of_run(c, "babi") for c in (*tk.UNTRAINED, "correct")] == [
-        {"max_new_tokens": 64},
-        {"max_new_tokens": 64},
+        *[{"max_new_tokens": 64}] * 3,
         {},
     ]
     for name, longest, size in (("cotempqa", 224, 8), ("marco", 448, 4)):  # those of the card
@@ -109,8 +120,20 @@ def test_a_few_shot_run_trains_nothing(tmp_path):
         notebook_functions("01_decompose_microworld").make_microworld(24, 12, 12),
     )
     options = ("-p", "study", "few", "-p", "student", "tiny")
-    done = papermill(folder, "02_corrupt_traces", *options, "-p", "conditions", "direct_few_shot")
+    both = "direct_few_shot,direct_few_shot_plain"
+    done = papermill(folder, "02_corrupt_traces", *options, "-p", "conditions", both)
     assert done.returncode == 0, done.stderr[-3000:]
+    examples = {
+        e.id: e for e in tk.read_examples(folder / "data/interim/microworld/examples.jsonl")
+    }
+    sft = folder / "data/interim/microworld/sft/controlled"
+    for row in tk.read_jsonl(sft / "direct_few_shot_plain-dose1-seed0.jsonl"):
+        assert list(row)[-1] == "item" and row["item"] == tk.item_of(examples[row["id"]])
+        assert row["prompt"].count("<answer>") == 4 and row["prompt"].endswith("?\n")
+    baselines = tk.read_parquet(folder / "data/results/few/baselines.parquet")
+    assert {r["id"]: r["item"] for r in baselines} == {
+        e.id: tk.item_of(e) for e in examples.values() if e.split == "test"
+    }
     rows = tk.read_jsonl(
         folder / "data/interim/microworld/sft/controlled/direct_few_shot-dose1-seed0.jsonl"
     )

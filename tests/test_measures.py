@@ -418,6 +418,7 @@ def test_no_answer_has_more_than_its_share(example, corrupter):
     few = corrupter.select(items[:110], 100, 0.1)
     assert Counter(e.answers for e in few)["titular bishop",] == 5 and len(few) == 55
     assert len(corrupter.select(items[:60], 30, 0.02)) == 1  # one at least
+    assert corrupter.select([], 30, 0.02) == corrupter.select(items, 0, 0.02) == []
 
 
 @settings(max_examples=30)
