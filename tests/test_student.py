@@ -1,22 +1,28 @@
 """The student: loading, loss, training and resuming, generation, and a failed fetch."""
 
 import ast
+import copy
 import inspect
 import json
 import math
+import shutil
 import subprocess
 import zipfile
 from collections import defaultdict
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 import papermill.cli
 import pytest
 import torch
+import transformers
 from conftest import ROOT, notebook_functions
 from safetensors.torch import load_file
+from tokenizers import processors
+from transformers import AutoTokenizer
 
 import tracekd_utils as tk
 
@@ -374,7 +380,9 @@ def test_missing_rows_are_made_with_the_sizes_of_the_study(training_file):
     assert t.study.ensure_rows(t.examples) == t.rows and len(t.calls) == 2
 
 
-@pytest.mark.parametrize("change", [{"id": "microworld/train/none"}, {"item": "0" * 12}, {"item": None}])
+@pytest.mark.parametrize(
+    "change", [{"id": "microworld/train/none"}, {"item": "0" * 12}, {"item": None}]
+)
 def test_rows_of_other_examples_are_made_again_or_refused(training_file, change):
     t = training_file
     odd = [*t.rows[:3], {**t.rows[3], **change}]
@@ -595,3 +603,303 @@ def test_a_balanced_training_goes_through_the_trainer(rows, tmp_path):
         trainer.train()
         found[loss] = expected
     assert found["balanced"] != pytest.approx(found["completion"], rel=1e-4)
+
+
+def test_an_answer_token_weighs_what_the_table_says(plain, rows):
+    tokenizer = plain[1]
+    targets = [r["target"] for r in rows[:10]]
+    seen = {}
+    for loss in LOSSES:
+        coded = with_loss(loss).code_rows(tokenizer, rows[:10])
+        seen[loss] = tk.answer_weights(tokenizer, coded, targets)
+    (name,) = (key for key in seen["completion"] if "vanilla" in key)
+    lengths = seen["completion"]["mean completion"], seen["completion"]["mean answer"]
+    assert seen["completion"][name] == pytest.approx(lengths[0] / lengths[1])
+    assert seen["balanced"][name] == pytest.approx(2) and seen["answer"][name] == 1
+    assert seen["trace"][name] is None
+
+
+# ------------------------------------------------------------------ which student is meant
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """A local student `mine` in the working directory, which is not the project's root."""
+    monkeypatch.setattr(tk, "RAW", tmp_path / "raw")
+    shutil.copytree(tk.student_folder("tiny"), tmp_path / "here" / "mine")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here" / "mine"
+
+
+def test_a_folder_is_one_student_however_it_is_written(own_folder):
+    (own_folder.parent / "link").symlink_to(own_folder)
+    shutil.copytree(own_folder, own_folder.parents[1] / "renamed")
+    said = []
+    names = ["mine", "mine/", "./mine", "../here/mine", str(own_folder), "./link", "../renamed"]
+    found = {tk.find_student(name, said.append) for name in names}
+    assert len(found) == 1 and str(own_folder) not in "".join(said)
+    assert "from the working directory" in said[0] and "as given" in said[4]
+    (name,) = found
+    assert name.startswith("mine@") and tk.find_student(name) == name
+    assert Path(tk.student_folder(name)).is_dir()
+    tk.check_student(name)
+    run = tk.make_run_id(
+        tk.notebook_defaults("03_finetune_student") | {"student": name}, data_hash="0"
+    )
+    assert name in run and "/" not in run
+
+
+def test_a_folder_is_looked_for_in_the_project_too(own_folder, monkeypatch):
+    first = tk.find_student("./mine")
+    monkeypatch.setattr(tk, "ROOT", own_folder.parent)
+    monkeypatch.chdir(own_folder.parents[1])
+    said = []
+    assert tk.find_student("./mine", said.append) == first and "project's root" in said[0]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "generation_config.json"])
+def test_other_content_in_the_folder_is_another_student(own_folder, name):
+    before = tk.find_student("./mine")
+    size = (own_folder / name).stat().st_size
+    content = bytearray((own_folder / name).read_bytes())
+    content[-2] ^= 1
+    (own_folder / name).write_bytes(content)
+    assert (own_folder / name).stat().st_size == size
+    assert tk.find_student("./mine") != before
+    with pytest.raises(ValueError, match=f"student {before}: no folder is known.*run 03"):
+        tk.student_folder(before)
+    (own_folder / "notes.md").write_text("not part of a student")
+    assert tk.find_student("./mine") == tk.find_student("mine")
+
+
+@pytest.mark.parametrize("name", ["/nosuch/student", "./nosuch", "../nosuch", "~/no/such", "a/b/c"])
+def test_a_folder_that_is_not_there_is_no_matter_of_the_network(own_folder, name):
+    for call in (tk.check_student, tk.find_student, tk.student_folder):
+        with pytest.raises(ValueError, match="no such folder") as error:
+            call(name)
+        assert "network" not in str(error.value)
+
+
+def test_a_folder_without_a_student_says_what_is_missing(own_folder):
+    (own_folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no [*].safetensors there"):
+        tk.find_student("./mine")
+    (own_folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="no config.json there"):
+        tk.check_student("./mine")
+
+
+def test_hub_ids_and_unknown_names_stay_what_they_were():
+    for name in ("tiny", "Qwen/Qwen3-1.7B", "owner/name@0123abc", "mine@0123456789ab"):
+        assert tk.find_student(name) == name
+    with pytest.raises(ValueError, match="'tinny' is unknown.*'tiny'"):
+        tk.check_student("tinny")
+
+
+# --------------------------------------------------------------- text, tokens and text again
+def with_tokens(*special, **options):
+    """The tiny student's tokenizer with more special tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(tk.student_folder("tiny"), **options)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "special",
+    [("<think>", "</think>"), ("<answer>", "</answer>"), ("Facts:", "Question type:"), ("\n",)],
+)
+def test_a_tag_that_is_a_special_token_is_not_lost(special):
+    tokenizer, target = with_tokens(*special, "<|tool|>"), f"{THOUGHT}\n{ANSWER}"
+    ids = tokenizer(target, add_special_tokens=False).input_ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) != target  # the danger
+    assert tk.decode_output(tokenizer, ids) == target
+    control = tokenizer.convert_tokens_to_ids(["<|tool|>", "<|im_end|>"])
+    assert tk.decode_output(tokenizer, [control[0], *ids, control[1]]) == target
+
+
+def test_decoding_changes_no_letter():
+    text = "They did n't , I 'm sure ."
+    tokenizer = with_tokens(clean_up_tokenization_spaces=True)
+    ids = tokenizer(text).input_ids
+    assert tk.decode_output(tokenizer, ids) == text
+
+
+@pytest.mark.parametrize("special", ["Mary", "garden"])
+def test_a_tokenizer_that_loses_what_a_target_says_is_refused(example, special):
+    trace = tk.Trace(label=example.label, facts=example.gold_facts)
+    row = {"id": example.id, "target": tk.render_target(example, trace)}
+    known = {example.id: example}
+    tk.check_round_trip(with_tokens("<think>"), [row], known)
+    lost = {"Mary": "Mary", "garden": "kitchen"}[special]
+    with pytest.raises(ValueError, match=f"target of {example.id} back"):
+        tk.check_round_trip(with_tokens(lost), [row], known)
+
+
+def test_a_prompt_ends_where_it_ends(plain):
+    prompt = "Question: Where is Mary?\n"
+    tokenizer = copy.deepcopy(plain[1])
+    expected = tk.encode_prompt(tokenizer, prompt)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", tokenizer.eos_token_id)]
+    )
+    assert tokenizer(prompt).input_ids[-1] == tokenizer.eos_token_id  # the danger
+    assert tk.encode_prompt(tokenizer, prompt) == expected
+
+
+@pytest.mark.parametrize("word", ["enable_thinking", "thinking"])
+def test_a_template_that_can_switch_thinking_off_is_told_to(plain, word):
+    tokenizer = copy.deepcopy(plain[1])
+    tokenizer.chat_template = (
+        "{{ messages[0]['content'] }}{% if " + word + " is defined and not " + word + " %}off"
+        "{% else %}on{% endif %}"
+    )
+    said = [tk.encode_prompt(tokenizer, "x", True, system) for system in ("", "Be brief.")]
+    assert [tokenizer.decode(ids) for ids in said] == ["xoff", "Be brief.on"]
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template: .*direct_few_shot_plain"):
+        tk.encode_prompt(tokenizer, "x", chat=True)
+
+
+@pytest.mark.parametrize(
+    "condition, chat",
+    [("direct", True), ("direct_few_shot", True), ("direct_few_shot_plain", False)],
+)
+def test_which_untrained_students_have_their_template(plain, condition, chat):
+    taught = notebook_functions("03_finetune_student", condition=condition)
+    assert taught.template(plain[1]) == {"chat": chat}
+
+
+# ------------------------------------------------------------ other people's architectures
+def small(kind, **options):
+    """(model, tokenizer) of an architecture, random weights."""
+    tokenizer = with_tokens()
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "vocab_size": len(tokenizer), "pad_token_id": 1}
+    shape |= {"eos_token_id": 1, "bos_token_id": 0}
+    torch.manual_seed(0)
+    name = "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config"
+    config = getattr(transformers, name)(**shape | options)
+    return getattr(transformers, f"{kind}ForCausalLM")(config), tokenizer
+
+
+SEVEN = set(tk.PROJECTIONS)
+NEOX = {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+PHI3 = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+KINDS = {
+    "Llama": ({"tie_word_embeddings": False}, SEVEN),
+    "Qwen2": ({"tie_word_embeddings": True, "num_key_value_heads": 2}, SEVEN),
+    "Qwen3": ({"head_dim": 16, "num_key_value_heads": 4}, SEVEN),
+    "Gemma3": ({"head_dim": 16, "sliding_window": 8, "num_key_value_heads": 2}, SEVEN),
+    "GPTNeoX": ({}, NEOX),
+    "Phi3": ({}, PHI3),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_architecture_goes_the_whole_way(kind, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(tk, "RAW", tmp_path / "raw")
+    options, expected = KINDS[kind]
+    model, tokenizer = small(kind, **options)
+    model.save_pretrained(tmp_path / kind)
+    tokenizer.save_pretrained(tmp_path / kind)
+    student = str(tmp_path / kind)
+    quantised, tokenizer = tk.load_student(student)
+    targets = recipe.lora_targets(quantised)
+    assert set(targets) == expected
+    lora = recipe.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
+    trainer = make_trainer((quantised, tokenizer), rows[:8], tmp_path / "run", lora=lora)
+    tk.finetune(trainer, tmp_path / "run")
+    adapter = tmp_path / "run" / "adapter"
+    assert set(recipe.adapted_modules(adapter / "adapter_model.safetensors")) == expected
+    moved = load_file(adapter / "adapter_model.safetensors")
+    assert all(bool(v.abs().max() > 0) for k, v in moved.items() if "lora_B" in k)
+    merged, tokenizer = tk.load_student(student, True, adapter)
+    merged.float()
+    prompts = [tk.encode_prompt(tokenizer, r["prompt"]) for r in rows[:3]]
+    merged.generation_config.eos_token_id = None
+    found = tk.generate(merged, tokenizer, prompts, max_new_tokens=6, batch_size=3)
+    by_hand = [single(merged, p, 6) for p in prompts]
+    end = tokenizer.eos_token_id
+    assert found == [ids[: ids.index(end)] if end in ids else ids for ids in by_hand]
+
+
+def test_a_student_without_a_layer_to_adapt_is_refused():
+    with pytest.raises(ValueError, match="no linear layer"):
+        recipe.lora_targets(SimpleNamespace(get_output_embeddings=lambda: None, named_modules=list))
+
+
+def test_a_token_without_an_embedding_is_named(plain):
+    model, tokenizer = plain[0], with_tokens("<new>")
+    with pytest.raises(ValueError, match=f"token {len(tokenizer) - 1} has no embedding.*resize"):
+        tk.generate(model, tokenizer, [tokenizer("<new>").input_ids])
+
+
+def test_a_tokenizer_without_an_end_is_refused(own_folder):
+    path = own_folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["eos_token"], config["pad_token"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="no end token"):
+        tk.load_tokenizer("./mine")
+
+
+# ------------------------------------------------------- what a model's folder brings along
+OWN = [
+    {"repetition_penalty": 1.3},
+    {"min_new_tokens": 9},
+    {"suppress_tokens": [5, 6, 7, 8]},
+    {"bad_words_ids": [[9], [10]]},
+    {"forced_eos_token_id": 3, "max_length": 30},
+    {"no_repeat_ngram_size": 2},
+    {"num_beams": 3, "length_penalty": 2.0},
+    {"do_sample": True, "temperature": 5.0, "num_return_sequences": 2},
+    {"return_dict_in_generate": True, "output_scores": True},
+    {"max_new_tokens": 2, "stop_strings": ["a", "e"]},
+    {"begin_suppress_tokens": list(range(200)), "encoder_repetition_penalty": 2.0},
+]
+
+
+@pytest.mark.parametrize("own", OWN, ids=lambda own: ",".join(own))
+def test_a_models_own_settings_change_no_controlled_output(trained, rows, monkeypatch, own):
+    model, tokenizer = tk.load_student("tiny", True, trained[2] / "adapter")
+    prompts = [tk.encode_prompt(tokenizer, r["prompt"]) for r in rows[:3]]
+    expected = tk.generate(model, tokenizer, prompts, max_new_tokens=12)
+    assert len(set(map(tuple, expected))) > 1 and not tk.own_settings(model)
+    for key, value in own.items():
+        setattr(model.generation_config, key, value)
+    before = model.generation_config
+    assert tk.generate(model, tokenizer, prompts, max_new_tokens=12) == expected
+    assert model.generation_config is before
+    assert set(tk.own_settings(model)) == set(own) - {"do_sample"}
+
+
+def test_a_temperature_is_that_of_the_student_or_the_one_asked_for(plain, rows):
+    model, tokenizer = plain
+    prompts = [tk.encode_prompt(tokenizer, r["prompt"]) for r in rows[:2]]
+    options = {"max_new_tokens": 6, "seeds": [1, 2]}
+    own = tk.generate(model, tokenizer, prompts, **options)
+    cold = tk.generate(model, tokenizer, prompts, temperature=1e-4, **options)
+    greedy = tk.generate(model, tokenizer, prompts, max_new_tokens=6)
+    assert cold == greedy != own
+    assert tk.generate(model, tokenizer, prompts, temperature=1.0, **options) == own
+
+
+# ------------------------------------------------------------------------- rows of a file
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"id": None},
+        {"split": "dev"},
+        {"target": ""},
+        {"prompt": 3},
+        {"id": "microworld/train/00000"},
+    ],
+    ids=str,
+)
+def test_a_row_that_is_none_is_named(tmp_path, broken):
+    rows = [
+        {"id": f"microworld/train/0000{k}", "split": "train", "prompt": "p", "target": "t"}
+        for k in range(3)
+    ]
+    rows[1] |= broken
+    path = tk.write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match=r"rows\.jsonl(, row 2: expected|: .*more than one)"):
+        tk.read_rows(path)
