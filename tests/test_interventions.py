@@ -475,9 +475,9 @@ def test_runs_that_cannot_be_intervened_on(outside_root):
     with pytest.raises(FileNotFoundError, match="predictions.parquet is missing"):
         answering.read_outputs(name, folder)
     with pytest.raises(ValueError, match="protocol 'published'.*'controlled'"):
-        answering.check_run(*make_run(protocol="published"))
+        nb.check_run(*make_run(protocol="published"))
     with pytest.raises(ValueError, match="'direct'.*no adapter"):
-        answering.check_run(*make_run(condition="direct"))
+        nb.check_run(*make_run(condition="direct"))
     with pytest.raises(FileNotFoundError, match="adapter.*papermill.*-p study bad.*-p epochs 1"):
         answering.check_adapter(metrics)
     adapter = answering.adapter_of(name)
