@@ -7,6 +7,7 @@ import re
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import make_workspace, notebook_functions, papermill
 from hypothesis import given, settings
@@ -247,9 +248,11 @@ def test_the_notebook_leaves_what_the_contract_promises(nb, simulated):
         assert r["low"] <= r["estimate"] + 1e-9 and r["estimate"] <= r["high"] + 1e-9
         assert {"min_expected", "degenerate", "n"} <= set(r)
     kinds = {r["test"].split(",")[0] for r in result["type1"]}
-    assert kinds >= {"chi-square", "Fisher exact", "CMH", "mid-p McNemar"}
-    # 7 intervals; the smallest setting has ten times as many studies
-    assert len({c["interval"] for c in result["coverage"]}) == 7
+    assert kinds >= {"chi-square", "Fisher exact", "CMH", "mid-p McNemar", "TOST"}
+    # 8 intervals; the smallest setting has ten times as many studies
+    assert len({c["interval"] for c in result["coverage"]}) == 8
+    seeds = [c["setting"] for c in result["coverage"] if c["interval"] == "mean over seeds"]
+    assert seeds == [f"{k} seeds, sd {spread:g}" for k, spread in nb.SEEDS]
     assert {c["n"] for c in result["coverage"] if c["setting"] == "balanced"} == {1000}
     assert [(p["phi"], p["n"]) for p in result["power"]] == [
         (phi, n) for phi in nb.POWER_PHIS for n in nb.POWER_N
@@ -273,6 +276,41 @@ def test_saved_studies_are_drawn_again_in_the_same_bytes(simulated):
     done = papermill(simulated, NAME, "-p", "n_studies", "0")
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(figures) == 12 and {p: p.read_bytes() for p in before} == before
+
+
+def test_the_check_of_the_verdicts_is_about_all_rounds(simulated, tmp_path):
+    """One wrong verdict in the last round, and the first is right: not all are right."""
+    workspace = make_workspace(tmp_path / "copy")
+    name = "data/results/calibration/calibration.json"
+    saved = json.loads((simulated / name).read_text())
+    right = {wiring: wiring for wiring in saved["verdicts"][0]}
+    right["copies half the time"] = "no single wiring"
+    wrong = right | {"common cause": "ignores the trace"}
+    tk.write_json(workspace / name, saved | {"verdicts": [right, right, wrong]})
+    done = papermill(workspace, NAME, "-p", "n_studies", "0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = (workspace / f"{NAME}-out.ipynb").read_text()
+    assert "every verdict of every round right: no." in text
+    assert "17 of 18 verdicts are right over all rounds" in text and "1 name another" in text
+
+
+def test_two_students_are_called_equal_by_the_function_of_05(nb):
+    """The rate of that error is of the very function; without a discordant item it is silent."""
+    frames = [pd.Series(column) for column in ([1, 1, 0, 0] * 12, [1, 0, 1, 0] * 12)]
+    expected = nb.ANALYSIS.equivalence(*frames, nb.MARGIN)["p (TOST)"]
+    assert nb.read_tost(12, 12, 48) == pytest.approx(expected)
+    assert nb.read_tost(0, 0, 48) is None
+
+
+def test_the_interval_over_seeds_is_that_of_05(nb, monkeypatch):
+    space = nb.run_seeds.__globals__
+    monkeypatch.setitem(space, "n_studies", 400)
+    for k, spread in ((3, 0.0), (3, 0.05)):
+        found = []
+        monkeypatch.setitem(space, "coverage", found)
+        nb.run_seeds(np.random.default_rng(k), k, spread)
+        assert found[0]["n"] + found[0]["degenerate"] == 400
+        assert 0.91 < found[0]["estimate"] < 0.99
 
 
 @pytest.mark.parametrize(
