@@ -454,3 +454,11 @@ def test_the_share_is_for_open_answers(stories, cotempqa):
     for examples in stories.values():  # places, people, yes and no
         assert not NB.has_open_answers(examples, 0.02)
     assert NB.has_open_answers(cotempqa, 0.02) and not NB.has_open_answers(cotempqa, 1.0)
+
+
+def test_one_answer_no_longer_carries_cotempqa(cotempqa, corrupter):
+    usable = [e for e in cotempqa if len(corrupter.non_gold_facts(e)) >= len(set(e.gold_facts))]
+    free, held = (corrupter.select(usable, 100, share) for share in (1.0, 0.02))
+    counts = [Counter(map(NB.answer_key, taken)) for taken in (free, held)]
+    assert len(held) == 100 and max(counts[0].values()) > 2 == max(counts[1].values())
+    assert counts[0]["titular bishop",] == max(counts[0].values())
