@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-from conftest import notebook_functions, papermill
+from conftest import ROOT, notebook_functions, papermill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -292,9 +292,11 @@ def check_rows(folder):
     rows = pd.read_parquet(folder / "ranked.parquet")
     numbers = json.loads((folder / "ranked.json").read_text())
     predictions = pd.read_parquet(folder / "predictions.parquet")
-    untrained = "-direct-" in folder.name
+    untrained = "-direct" in folder.name
     assert list(rows["id"]) == list(predictions["id"])
     assert rows["item"].str.len().eq(12).all()
+    if "item" in predictions:
+        assert list(rows["item"]) == list(predictions["item"])
     known = rows["rank_ok"].notna()
     assert numbers["run_id"] == folder.name and numbers["n"] == len(rows)
     assert numbers["ranked"]["n"] == known.sum()
@@ -305,6 +307,13 @@ def check_rows(folder):
         assert row.n_candidates == len(row.logprobs) == len(row.candidates) > 1
         assert row.candidates[row.logprobs.argmax()] == row.ranked
         assert row.rank_ok == (row.logprob_gold >= row.logprob_best_other)
+
+
+def test_committed_rankings_belong_to_their_predictions():
+    folders = {path.parent for path in (ROOT / "data/results").glob("*/*/ranked.*")}
+    assert folders
+    for folder in folders:
+        check_rows(folder)
 
 
 def test_a_study_is_ranked_once_and_then_shown_as_it_is_stored(smoke):
