@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import make_workspace, notebook_functions, papermill
+from conftest import ROOT, make_workspace, notebook_functions, papermill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from statsmodels.stats.multitest import multipletests
@@ -278,11 +278,11 @@ def test_saved_studies_are_drawn_again_in_the_same_bytes(simulated):
     assert len(figures) == 12 and {p: p.read_bytes() for p in before} == before
 
 
-def test_the_check_of_the_verdicts_is_about_all_rounds(simulated, tmp_path):
+def test_the_check_of_the_verdicts_is_about_all_rounds(tmp_path):
     """One wrong verdict in the last round, and the first is right: not all are right."""
     workspace = make_workspace(tmp_path / "copy")
     name = "data/results/calibration/calibration.json"
-    saved = json.loads((simulated / name).read_text())
+    saved = tk.read_json(ROOT / name)
     right = {wiring: wiring for wiring in saved["verdicts"][0]}
     right["copies half the time"] = "no single wiring"
     wrong = right | {"common cause": "ignores the trace"}
