@@ -289,9 +289,9 @@ def ranked_files(folder):
 
 def check_rows(folder):
     """A run's rows and numbers belong together and to its predictions."""
-    rows = pd.read_parquet(folder / "ranked.parquet")
+    rows = pd.read_parquet(folder / "ranked.parquet").sort_values("id")
     numbers = json.loads((folder / "ranked.json").read_text())
-    predictions = pd.read_parquet(folder / "predictions.parquet")
+    predictions = pd.read_parquet(folder / "predictions.parquet").sort_values("id")
     untrained = "-direct" in folder.name
     assert list(rows["id"]) == list(predictions["id"])
     assert rows["item"].str.len().eq(12).all()
