@@ -34,7 +34,7 @@ figures: venv
 	@find data/results -name '*.json' | sed -n -e 's,^data/results/,,' \
 	  -e 's,^\(.*\)/.*/metrics\.json,05_analyse_disconnect 05-\1 -r study \1,p' \
 	  -e 's,^reaudit/\([a-z]*\)\.json,09_reaudit_published 09-\1 -r dataset \1,p' \
-	  -e 's,^\(.*\)/\(.*\)/interventions\.json,06_intervene_on_traces 06-\2 -r study \1 -r run_id \2,p' \
+	  -e 's,^\(.*\)/.*/interventions\.json,06_intervene_on_traces 06-\1 -r study \1,p' \
 	  -e 's,^calibration/calibration\.json,07_calibrate_instrument 07 -p n_studies 0,p' \
 	  -e 's,^stress/\(.*\)\.json,08_stress_the_parser 08-\1 -p n_outputs 0 -r source \1,p' \
 	  -e 's,^\(.*\)/speed\.json,90_benchmark_speed 90-\1 -p repeats 0 -r study \1,p' | sort -ru | sed \
@@ -44,7 +44,7 @@ figures: venv
 
 # every notebook again from its own defaults, in reading order, in place
 notebooks: venv
-	@for n in 01 10 11 12 30 31 02 03 04 05 00 06 07 08 09 90; do f=$$(ls notebooks/$${n}_*.ipynb 2>/dev/null) || continue; \
+	@for n in 01 10 11 12 30 38 35 31 32 36 02 03 40 04 34 05 00 37 41 06 33 07 39 08 09 90 23; do f=$$(ls notebooks/$${n}_*.ipynb 2>/dev/null) || continue; \
 	  echo $$f; $(RUN) $$f $$f || exit 1; done
 
 lab: venv

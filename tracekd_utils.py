@@ -853,6 +853,8 @@ def check_parameters(notebook: str, values: dict[str, Any]) -> dict[str, Any]:
     except ValidationError as error:
         return _complain(notebook, error.errors()[0])
     _check_meaning(resolved, defaults)
+    if "/" in resolved.get("student", ""):  # children run elsewhere, results name no path
+        resolved["student"] = lesson("31_run_students").find_student(resolved["student"])
     if resolved.get("dataset") and "study" in resolved:
         resolved["study"] = resolved["study"] or resolved["dataset"]
         claim_study(resolved["study"], resolved["dataset"])

@@ -348,7 +348,9 @@ def test_03_takes_a_local_folder(prepared, folders):
     record = json.loads(path.read_text())
     assert record["n_test"] == 4 and record["train_tokens"] > 0
     assert (record["layout"], record["has_facts"]) == ("before", True)
-    assert re.fullmatch(r"qwen3@[0-9a-f]{12}", record["student_files"]) and record["studies"] == ["local"]
+    assert re.fullmatch(r"qwen3@[0-9a-f]{12}", record["student_files"]) and record["studies"] == [
+        "local"
+    ]
     assert [r for r in tk.read_jsonl(path.with_name("outputs.jsonl")) if r["ids"]]
     assert (path.parent / "adapter").is_dir()
 
