@@ -98,7 +98,7 @@ def test_unchanged_items_are_listed_for_the_conditions_that_have_some(study):
     }
     assert (
         set(listed)
-        == {"masked", "wrong_with_answer"}
+        == {"masked", "near_facts", "wrong_with_answer"}
         == {c for c, v in checks["conditions"].items() if v.get("applies", 1) < 1}
     )
     tested = {
@@ -250,8 +250,8 @@ def test_equivalence_needs_items_in_proportion_to_the_discordant_ones(analyse):
     from scipy import stats
 
     assert found["p (TOST)"] == pytest.approx(stats.t.sf(t, 399))
-    same = analyse.equivalence(a, a, 0.05)  # no spread: nothing to test
-    assert same["p (TOST)"] is None and "equal" in same["reason"]
+    same = analyse.equivalence(a, a, 0.05)  # too few to test
+    assert same["p (TOST)"] is None and "fewer than 20" in same["reason"]
     assert analyse.equivalence(a[:0], b[:0], 0.05)["p (TOST)"] is None
     assert analyse.equivalence(a, b, 0.2)["p (TOST)"] < found["p (TOST)"]
 
@@ -350,7 +350,7 @@ def test_a_cluster_is_drawn_as_a_whole(read):
     wide = read.cluster_mean(values[:4], clusters)
     assert (wide["low"], wide["high"]) == (0, 1)  # two subjects alone
     same = read.cluster_mean(values[:2], clusters)
-    assert same["low"] is None and "equal" in same["reason"]
+    assert same["low"] is None and "fewer than 20" in same["reason"]
     assert read.cluster_mean(values[:0], clusters)["estimate"] is None
 
 
