@@ -140,7 +140,7 @@ messages = []
 for wrong in (dict(sed=3), dict(seed="one"), dict(student="smol"), dict(dose=2.0)):
     try: tk.run_notebook("03_finetune_student", **wrong)
     except ValueError as error: messages.append(str(error))
-heavy = [m for m in ("torch", "transformers", "pandas", "scipy") if m in sys.modules]
+heavy = [m for m in ("torch", "transformers", "scipy", "sklearn") if m in sys.modules]
 print(json.dumps([messages, heavy, time.monotonic() - begun]))
 """
     done = subprocess.run(
