@@ -261,7 +261,8 @@ def test_the_babi_quadrants_are_those_released(babi_audit):
         "6 of 6 accuracies that stand beside the released outputs, one a label file, are "
         "reproduced to one decimal.",
         "Of the 6 values in the paper's table, 6 are the mean over the label files of these "
-        "outputs; the largest gap is 0.00 points. Where they differ, the table was made from other outputs.",
+        "outputs; the largest gap is 0.00 points. Where they differ, the table was made from "
+        "other outputs.",
         "4 of 4 released quadrant matrices follow.",
     ]
 
