@@ -1,10 +1,13 @@
 """README.md and data/results/README.md hold what 23 computes from the committed results."""
 
 import re
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
+from scipy import stats
 
 import tracekd_utils as tk
 
@@ -96,12 +99,139 @@ def test_the_findings_carry_what_the_results_say():
     planted = rows[rows["arm"] == "planted"]
     gold = rows[(rows["arm"] == "gold") & rows["id"].isin(planted["id"])]
     shares = [100 * part["follows"].astype(bool).mean() for part in (planted, gold)]
-    assert f"`correct` {shares[0]:.1f}% / {shares[1]:.1f}%" in said
+    assert f"babi {shares[0]:.1f}% against {shares[1]:.1f}%" in said
     assert "“titular bishop” is the gold answer of 28 of 300 items" in said
     assert "261 subjects" in said
     # the audit's counts: 11 and 15 of 272 without it, 26 and 43 of 300 with it
     assert f"{100 * (26 - 43) / 300:+.1f} points" in said
     assert f"{100 * (11 - 15) / 272:+.1f} points" in said
+
+
+def findings():
+    return " ".join(block((ROOT / "README.md").read_text(), "findings").split())
+
+
+def test_the_reaudit_finding_reads_the_same_outputs_twice():
+    """Not the authors' matrix, which is of another generation."""
+    claims = tk.read_json(RESULTS / "reaudit/cotempqa-details.json")["claims"]
+    for student in ("Llama-3.2-1B-Instruct", "Qwen3-1.7B"):
+        phi = {
+            r["cells"]: r["phi"]
+            for r in claims
+            if (r["student"], r["variant"]) == (student, "correct")
+        }
+        text = f"{phi['own gold']:.2f} instead of {phi['reproduced']:.2f} ({student})"
+        assert text in findings()
+    assert "0.71 instead of 0.11 (Llama" in findings()
+
+
+def test_the_last_candidate_is_a_guess_among_two_or_more(studies):
+    """Where there is one candidate it is the gold answer; t over the seeds of bAbI."""
+    base = pd.DataFrame(tk.read_parquet(RESULTS / "babi/baselines.parquet")).set_index("id")
+    last = base.loc[base["n_candidates"] >= 2, "last_ok"].astype(float)
+    assert len(last) == 561 and last.notna().all()
+    assert f"{100 * last.mean():.1f}% of 561 items of babi" in findings()
+    assert "28.9% of 204 items of cotempqa" in findings()
+    for arm in ("correct", "incorrect"):
+        means = []
+        for run in (run for run in studies["babi"] if run.arm == arm):
+            right = run.frame.set_index("id")["answer_ok"].astype(float)
+            means.append((right[last.index] - last).mean())
+        low, high = stats.t.interval(0.95, 2, np.mean(means), stats.sem(means))
+        text = f"babi {100 * np.mean(means):+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
+        assert text in findings()
+
+
+def test_baselines_stand_in_the_column_of_their_score():
+    rows = {(row["dataset"], row["condition"]): row for row in table("results")}
+    for dataset, n in {"babi": "561", "cotempqa": "204", "marco": "6", "microworld": "400"}.items():
+        pair = [rows[dataset, name] for name in ("chance", "last candidate of the story")]
+        assert [row["n"] for row in pair] == [n, n]
+        majority = rows[dataset, "majority answer of the label"]
+        assert majority["label"] == "–" != rows[dataset, "majority label"]["label"]
+    assert rows["marco", "majority label"]["label"] == "75.0%"
+
+
+def test_unlike_is_what_06_stored(studies):
+    shown = {(r["dataset"], r["condition"], r["seed"]): r["unlike"] for r in table("interventions")}
+    for study, runs in studies.items():
+        for run in runs:
+            path = run.folder / "interventions-details.json"
+            if path.exists():
+                off = tk.read_json(path)["off_distribution"]
+                arms = [arm for arm in ("gold", "wrong_facts", "planted") if off[arm]]
+                key = (study, f"`{run.arm}`", str(run.seed))
+                assert shown.pop(key) == ", ".join(arms), run.folder.name
+    assert shown == {}
+
+
+def test_an_association_behind_the_answer_has_its_like_beside_it():
+    assert "phi 0.51 (0.43 to 0.60), n = 400 (microworld); `correct` has there 0.5" in findings()
+    assert "05 -r study babi; 05 -r study microworld" in findings()
+
+
+def test_what_a_hand_finds_right_is_counted():
+    hand = pd.read_csv(RESULTS / "stress/labelled.csv", dtype=str, keep_default_na=False)
+    hand = hand[hand["run_id"].str.contains("-direct")]
+    right, known = hand[hand["answer"] == "1"], 0
+    for run_id, part in right.groupby("run_id"):
+        (folder,) = RESULTS.glob(f"*/{run_id}")
+        frame = pd.DataFrame(tk.read_parquet(folder / "predictions.parquet")).set_index("id")
+        known += frame.loc[part["id"], "answer_ok"].sum()
+    assert f"By hand {len(right)} of {len(hand)} labelled answers" in findings()
+    assert f"the reader calls {known} of those {len(right)} right" in findings()
+
+
+def test_what_wrong_traces_differ_in_is_said(studies):
+    for study in studies:
+        found = tk.read_json(RESULTS / study / "manipulation_checks.json")["conditions"]
+        shares = [100 * found[arm]["relevance"] for arm in ("correct", "incorrect")]
+        auc = found["incorrect"]["overlap_auc"]
+        text = f"{study} {shares[0]:.1f}% / {shares[1]:.1f}%, AUC {auc:.2f}"
+        assert text in findings()
+        gain = (found["incorrect"]["beyond_story"].get("gain") or {}).get("estimate")
+        assert gain is None or f"{study} {100 * gain:+.1f} points" in findings()
+
+
+def test_the_notes_say_what_has_not_run(report, studies):
+    notes = " ".join(block((ROOT / "README.md").read_text(), "notes").split())
+    ran = {run.condition for runs in studies.values() for run in runs}
+    missing = notes[notes.index("Not run yet") :] if "Not run yet" in notes else ""
+    assert [name for name in tk.conditions() if (f"`{name}`" in missing) == (name in ran)] == []
+    assert (
+        "marco `correct` writes the label DESCRIPTION on 48 of 48 items; it is right on 36" in notes
+    )
+    checks = tk.read_json(RESULTS / "babi/manipulation_checks-dose0.5-seed0.json")
+    share = 100 * checks["conditions"]["incorrect"]["dose_realised"]
+    assert f"babi `incorrect`, 50% of rows: {share:.1f}%" in notes
+    known = [SimpleNamespace(condition=name, parameters={}) for name in tk.conditions()]
+    known[0].parameters = {"temperature": 0.6, "loss": "balanced"}
+    assert report.say_missing({"x": known}) == "All of it has run."
+    assert report.say_missing({"x": known[1:]}).startswith(f"Not run yet: `{known[0].condition}`, ")
+
+
+def test_items_are_those_of_the_runs(studies):
+    for study, runs in studies.items():
+        ids = [row["id"] for row in tk.read_parquet(RESULTS / study / "items.parquet")]
+        assert len(ids) == len(set(ids)) and set(ids) == {i for r in runs for i in r.frame["id"]}
+    assert len(tk.read_parquet(RESULTS / "babi/items.parquet")) == 600
+
+
+def test_a_question_asked_twice_is_kept_by_its_id(tmp_path, monkeypatch):
+    monkeypatch.setattr(tk, "INTERIM", tmp_path / "interim")
+    monkeypatch.setattr(tk, "RESULTS", tmp_path / "results")
+    facts = ("Mary went to the garden.", "John went to the hall.")
+    about = {"dataset": "microworld", "split": "test", "question": "Where is Mary?"}
+    about |= {"label": tk.dataset("microworld").labels[0], "facts": facts}
+    about |= {"gold_facts": facts[:1], "answers": ("garden",)}
+    twice = [tk.Example(id=name, **about) for name in ("a", "b")]
+    assert tk.item_of(twice[0]) == tk.item_of(twice[1])
+    tk.save_examples("microworld", twice)
+    frame = pd.DataFrame([{"id": "a", "item": tk.item_of(twice[0])}])
+    run = SimpleNamespace(parameters={"dataset": "microworld"}, frame=frame)
+    read = tk.lesson("34_read_results")
+    read.write_items("microworld", [run])
+    assert [row["id"] for row in tk.read_parquet(read.items_path("microworld"))] == ["a"]
 
 
 @pytest.mark.parametrize("dataset", ["cotempqa", "babi"])
@@ -135,5 +265,8 @@ def test_the_glossary_names_every_condition():
 def test_a_dash_stands_where_nothing_is_known(report, monkeypatch, tmp_path):
     monkeypatch.setattr(tk, "RESULTS", tmp_path)
     assert report.find_reaudit({}) is None and report.find_seeds({}) is None
+    assert report.find_forced({}) is None and report.find_level({}) is None
+    assert report.find_manipulation({}) is None and report.say_hand() == ""
+    assert report.say_unlike(SimpleNamespace(folder=tmp_path)) == "–"
     table = pd.DataFrame({"a": ["x|y"], "b": ["–"]})
     assert report.to_markdown(table) == "| a | b |\n|---|---|\n| x\\|y | – |"
