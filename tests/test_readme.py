@@ -132,14 +132,15 @@ def test_the_last_candidate_is_a_guess_among_two_or_more(studies):
     assert len(last) == 561 and last.notna().all()
     assert f"{100 * last.mean():.1f}% of 561 items of babi" in findings()
     assert "28.9% of 204 items of cotempqa" in findings()
-    for arm in ("correct", "incorrect"):
+    for arm, side in {"correct": "above it: ", "incorrect": "not told apart from it: "}.items():
         means = []
         for run in (run for run in studies["babi"] if run.arm == arm):
             right = run.frame.set_index("id")["answer_ok"].astype(float)
             means.append((right[last.index] - last).mean())
         low, high = stats.t.interval(0.95, 2, np.mean(means), stats.sem(means))
         text = f"babi {100 * np.mean(means):+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
-        assert text in findings()
+        said = findings()[findings().index(f"By item `{arm}` is ") :]
+        assert text in said and side in said[: said.index(text)]
 
 
 def test_baselines_stand_in_the_column_of_their_score():
@@ -183,14 +184,18 @@ def test_what_a_hand_finds_right_is_counted():
 
 
 def test_what_wrong_traces_differ_in_is_said(studies):
+    apart = []
     for study in studies:
         found = tk.read_json(RESULTS / study / "manipulation_checks.json")["conditions"]
         shares = [100 * found[arm]["relevance"] for arm in ("correct", "incorrect")]
         auc = found["incorrect"]["overlap_auc"]
-        text = f"{study} {shares[0]:.1f}% / {shares[1]:.1f}%, AUC {auc:.2f}"
+        if not 0.9 <= shares[1] / shares[0] <= 1.1:
+            apart.append(study)
+        text = f"{study} {shares[0]:.1f}% / {shares[1]:.1f}%, {auc:.2f}"
         assert text in findings()
         gain = (found["incorrect"]["beyond_story"].get("gain") or {}).get("estimate")
         assert gain is None or f"{study} {100 * gain:+.1f} points" in findings()
+    assert f"not matched in relevance in {', '.join(apart)}." in findings()
 
 
 def test_the_notes_say_what_has_not_run(report, studies):
