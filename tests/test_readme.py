@@ -161,7 +161,8 @@ def test_unlike_is_what_06_stored(studies):
             if path.exists():
                 off = tk.read_json(path)["off_distribution"]
                 arms = [arm for arm in ("gold", "wrong_facts", "planted") if off[arm]]
-                key = (study, f"`{run.arm}`", str(run.seed))
+                name = f"`{run.condition}`{run.arm.removeprefix(run.condition)}"
+                key = (study, name, str(run.seed))
                 assert shown.pop(key) == ", ".join(arms), run.folder.name
     assert shown == {}
 
