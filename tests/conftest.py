@@ -130,21 +130,36 @@ def corrupter():
     return notebook_functions("02_corrupt_traces")
 
 
+@pytest.fixture(scope="module")
+def plain():
+    """The tiny student in float32, its weights enlarged so that every token matters."""
+    import torch
+
+    model, tokenizer = tk.load_student("tiny", quantize=False)
+    with torch.no_grad():
+        for p in model.float().parameters():
+            p.mul_(6 if p.dim() > 1 else 1)
+    return model, tokenizer
+
+
+EXAMPLE = tk.Example(
+    id="microworld/test/x",
+    dataset="microworld",
+    split="test",
+    question="Where is the apple?",
+    label="object-place",
+    answers=("kitchen",),
+    facts=(
+        "Mary went to the garden.",
+        "Mary took the apple.",
+        "Mary went to the kitchen.",
+        "John did not take the ball.",
+    ),
+    gold_facts=("Mary took the apple.", "Mary went to the kitchen."),
+)
+
+
 @pytest.fixture(scope="session")
 def example():
     """One example whose scores can be worked out by hand."""
-    return tk.Example(
-        id="microworld/test/x",
-        dataset="microworld",
-        split="test",
-        question="Where is the apple?",
-        label="object-place",
-        answers=("kitchen",),
-        facts=(
-            "Mary went to the garden.",
-            "Mary took the apple.",
-            "Mary went to the kitchen.",
-            "John did not take the ball.",
-        ),
-        gold_facts=("Mary took the apple.", "Mary went to the kitchen."),
-    )
+    return EXAMPLE

@@ -24,18 +24,6 @@ STUDY = "forced"
 EXAMPLES = "data/interim/microworld/examples.jsonl"
 
 
-@pytest.fixture(scope="module")
-def plain():
-    """The tiny student in float32, its weights enlarged so that every token matters."""
-    import torch
-
-    model, tokenizer = tk.load_student("tiny", quantize=False)
-    with torch.no_grad():
-        for p in model.float().parameters():
-            p.mul_(6 if p.dim() > 1 else 1)
-    return model, tokenizer
-
-
 @pytest.fixture
 def items(microworld, corrupter, plain):
     """Ten items whose own trace is the gold one, with all that is forced on them."""

@@ -16,18 +16,6 @@ import tracekd_utils as tk
 nb = notebook_functions("33_rank_answers")
 
 
-@pytest.fixture(scope="module")
-def plain():
-    """The tiny student in float32, its weights enlarged so that every token matters."""
-    import torch
-
-    model, tokenizer = tk.load_student("tiny", quantize=False)
-    with torch.no_grad():
-        for p in model.float().parameters():
-            p.mul_(6 if p.dim() > 1 else 1)
-    return model, tokenizer
-
-
 def others_with(example, *answers):
     """Items of the same label with these answers."""
     found = [a if isinstance(a, tuple) else (a,) for a in answers]

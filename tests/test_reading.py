@@ -5,27 +5,12 @@ import time
 from dataclasses import replace
 
 import pytest
+from conftest import EXAMPLE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tracekd_utils as tk
 
-FACTS = (
-    "Mary went to the garden.",
-    "Mary took the apple.",
-    "Mary went to the kitchen.",
-    "John did not take the ball.",
-)
-EXAMPLE = tk.Example(
-    id="microworld/test/x",
-    dataset="microworld",
-    split="test",
-    question="Where is the apple?",
-    label="object-place",
-    answers=("kitchen",),
-    facts=FACTS,
-    gold_facts=FACTS[1:3],
-)
 BULLETS = "Facts:\n- Mary took the apple.\n- Mary went to the kitchen."
 THOUGHT = f"<think>Question type: object-place\n{BULLETS}</think>"
 PERFECT = f"{THOUGHT}\n<answer>kitchen</answer>"
@@ -374,7 +359,7 @@ def test_the_during_of_an_echoed_question_is_no_label():
     assert score("<think>during</think>x", e, layout="before")["label_ok"] is True
 
 
-GOLD = FACTS[1:3]
+GOLD = EXAMPLE.facts[1:3]
 LISTS = {
     "bullets": "\n- {}\n- {}",
     "stars": "\n* {}\n* {}",
